@@ -1,0 +1,255 @@
+"""Group residuals into chains: each one's skip is the output of the one before.
+
+    x0 --(+)-- x1 --(+)-- relu -- x2 --permute-- x2' --(+)-- x3 ...
+
+Between two residuals may stand one activation (post-activation networks), a multiplication by a
+constant, and shape-only operations that can be undone. Chains are taken outermost first; what lies
+inside the branch of a rewired residual stays inside it. Fills the plan; changes no graph.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from re2fx import ops
+from re2fx.graph import Flow
+from re2fx.match import Detection, Match, refuse
+from re2fx.plan import Chain, Plan, Refusal, Residual
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What stands between an addition and the next residual's skip.
+
+    Attributes:
+        value: the last node of the tail, the next stream value.
+        activation: the activation behind the addition.
+        scaling: the multiplication by a constant behind the addition.
+        links: shape-only operations, in order.
+    """
+
+    value: Node
+    activation: Node | None = None
+    scaling: Node | None = None
+    links: tuple[Node, ...] = ()
+
+    @property
+    def output(self) -> Node | None:
+        """What the residual itself ends with, links left out; None for the bare addition."""
+        return self.activation or self.scaling
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive matches, and the tail behind each."""
+
+    matches: tuple[Match, ...]
+    tails: tuple[Tail, ...]
+
+    def nodes(self) -> Iterator[Node]:
+        """Everything that belongs to the run, its entry left out."""
+        for match, tail in zip(self.matches, self.tails, strict=True):
+            yield from (*match.region, *match.passengers, *match.dropped, match.add, *tail.links)
+            if tail.output is not None:
+                yield tail.output
+
+    def span(self, flow: Flow) -> int:
+        """Length in lines of the program."""
+        first, last = self.matches[0].skip.value, self.matches[-1].add
+        return flow.position[last] - flow.position[first]
+
+
+def chain(flow: Flow, detection: Detection, activation: str = "branch") -> Plan:
+    """Make the plan.
+
+    Args:
+        flow: the dataflow of the normalised graph.
+        detection: what was found in it.
+        activation: ``"branch"`` or ``"stream"``, where the activation behind an addition goes.
+    """
+    owner: dict[Node, Match] = {}
+    accepted: list[Run] = []
+    refused: list[Refusal] = list(detection.refusals)
+    runs = group(flow, detection.matches, activation)
+    for run in sorted(runs, key=lambda run: -run.span(flow)):
+        nodes = list(run.nodes())
+        clash = next((node for node in nodes if node in owner), None)
+        if clash is not None:
+            refused += [nested(flow, match, owner) for match in run.matches]
+        elif len(run.matches) == 1:
+            refused.append(single(flow, run.matches[0], detection))
+        else:
+            accepted.append(run)
+            for match, tail in zip(run.matches, run.tails, strict=True):
+                owned = Run((match,), (tail,)).nodes()
+                owner.update(dict.fromkeys(owned, match))
+    accepted.sort(key=lambda run: flow.position[run.matches[0].add])
+    refused.sort(key=lambda refusal: flow.position[flow.by_name[refusal.node]])
+    chains = tuple(describe(flow, run) for run in accepted)
+    return Plan(chains, tuple(refused), tuple(detection.misses))
+
+
+def group(flow: Flow, matches: list[Match], activation: str) -> list[Run]:
+    """Link matches into maximal runs; where a stream forks, the longer run goes on."""
+    by_skip: dict[Node, list[Match]] = defaultdict(list)
+    for match in matches:
+        by_skip[match.skip.value].append(match)
+    following: dict[Node, tuple[Match, Tail]] = {}
+    length: dict[Node, int] = {}
+    for match in reversed(matches):
+        options = [
+            (length[other.add], other, tail)
+            for tail in tails(flow, match.add, activation)
+            for other in by_skip.get(tail.value, ())
+        ]
+        length[match.add] = 1
+        if options:
+            best, other, tail = max(options, key=lambda option: option[0])
+            following[match.add] = (other, tail)
+            length[match.add] = 1 + best
+    continued = {other.add for other, _ in following.values()}
+    return [
+        follow(flow, match, following, activation)
+        for match in matches
+        if match.add not in continued
+    ]
+
+
+def follow(
+    flow: Flow, match: Match, following: dict[Node, tuple[Match, Tail]], activation: str
+) -> Run:
+    """The run that starts at a match."""
+    matches, behind = [match], []
+    while matches[-1].add in following:
+        other, tail = following[matches[-1].add]
+        matches.append(other)
+        behind.append(tail)
+    behind.append(last_tail(flow, matches[-1], behind, activation))
+    return Run(tuple(matches), tuple(behind))
+
+
+def last_tail(flow: Flow, match: Match, before: list[Tail], activation: str) -> Tail:
+    """The last residual ends as those before it: with an activation or a scale if they do."""
+    for tail in tails(flow, match.add, activation):
+        if tail.links or not before:
+            continue
+        like = before[-1]
+        if tail.activation is not None and like.activation is not None:
+            return tail
+        if tail.scaling is not None and like.scaling is not None:
+            return tail
+    return Tail(match.add)
+
+
+def tails(flow: Flow, add: Node, activation: str) -> Iterator[Tail]:
+    """The stream values that stand for an addition's result, nearest first."""
+    readers = flow.users(add)
+    starts = [Tail(add)]
+    if readers and ops.is_activation(readers[0], flow.root) and readers[0].args:
+        # A second reader would see the value before the activation, which only the
+        # pre-activation stream still holds.
+        if len(readers) == 1 or activation == "stream":
+            starts.append(Tail(readers[0], activation=readers[0]))
+    elif len(readers) == 1 and ops.constant_factor(readers[0]):
+        starts.append(Tail(readers[0], scaling=readers[0]))
+    for start in starts:
+        yield start
+        if start.activation is None or activation == "branch":
+            yield from linked(flow, start)
+
+
+def linked(flow: Flow, tail: Tail) -> Iterator[Tail]:
+    """Tails that go on through shape-only operations."""
+    for user in flow.users(tail.value):
+        if ops.is_bijection(user) and user.args and flow.source(user.args[0]) is tail.value:  # type: ignore[arg-type]
+            longer = Tail(user, tail.activation, tail.scaling, (*tail.links, user))
+            yield longer
+            yield from linked(flow, longer)
+
+
+def nested(flow: Flow, match: Match, owner: dict[Node, Match]) -> Refusal:
+    """Refuse what overlaps a chain that was taken first."""
+    outer = owner.get(match.add)
+    if outer is not None:
+        where = flow.location(outer.add)
+        return refuse(
+            flow,
+            match.add,
+            "nested",
+            f"it lies inside the branch of {outer.add.name} ({where}), which is rewired as a whole",
+        )
+    inner = next(owner[node] for node in match.region if node in owner)
+    return refuse(
+        flow,
+        match.add,
+        "nested",
+        f"a chain with {inner.add.name} ({flow.location(inner.add)}) inside its branch is rewired",
+    )
+
+
+def single(flow: Flow, match: Match, detection: Detection) -> Refusal:
+    """Refuse a chain of one, and say what ends it."""
+    adds = {other.add for other in detection.matches}
+    skips = {other.skip.value for other in detection.matches}
+    readers = [user for user in flow.users(match.add) if not flow.is_shape(user)]
+    norm_behind = [n for n in readers if ops.is_norm(n, flow.root) and n in skips]
+    skip = match.skip.value
+    norm_before = ops.is_norm(skip, flow.root) and any(n in adds for n in flow.inputs(skip))
+    if norm_behind or norm_before:
+        norm = norm_behind[0] if norm_behind else skip
+        return refuse(
+            flow,
+            match.add,
+            "post-norm",
+            f"the stream passes through the norm {norm.name}, which cannot be inverted",
+        )
+    names = ", ".join(reader.name for reader in readers[:3]) or "the output"
+    return refuse(
+        flow,
+        match.add,
+        "chain of one",
+        f"no other residual continues its stream (next: {names}), so rewiring would save nothing",
+    )
+
+
+def describe(flow: Flow, run: Run) -> Chain:
+    """A run as plain data."""
+    links = ((), *(tuple(n.name for n in tail.links) for tail in run.tails[:-1]))
+    residuals = tuple(
+        describe_residual(flow, match, tail)
+        for match, tail in zip(run.matches, run.tails, strict=True)
+    )
+    return Chain(residuals, links, tuple(node.name for node in taps(flow, run)))
+
+
+def describe_residual(flow: Flow, match: Match, tail: Tail) -> Residual:
+    """A match and what follows it as plain data."""
+    factor = ops.constant_factor(tail.scaling) if tail.scaling is not None else None
+    scale = factor[1] if factor is not None else 1.0
+    sides = [n.name for n in match.side_inputs(flow) if not flow.is_shape(n)]
+    return Residual(
+        add=match.add.name,
+        skip=match.skip.value.name,
+        branches=tuple(term.value.name for term in match.branches),
+        branch_scales=tuple(term.scale * scale for term in match.branches),
+        skip_scale=match.skip.scale * scale,
+        output=(tail.output or match.add).name,
+        activation=tail.activation.name if tail.activation is not None else None,
+        dropped=tuple(node.name for node in match.dropped),
+        side_inputs=tuple(sides),
+        location=flow.location(match.add),
+    )
+
+
+def taps(flow: Flow, run: Run) -> Iterator[Node]:
+    """Stream values inside the chain that somebody besides the next residual reads."""
+    for match, tail, following in zip(run.matches, run.tails, run.matches[1:], strict=False):
+        own = {*following.region, *following.passengers, *following.dropped, following.add}
+        own.update(node for node in (tail.output, *tail.links) if node is not None)
+        for value in dict.fromkeys((match.add, tail.output or match.add, *tail.links)):
+            if any(user not in own and not flow.is_shape(user) for user in flow.users(value)):
+                yield value

@@ -1,0 +1,198 @@
+"""Find every skip-add: an addition whose one operand is an ancestor of all the others.
+
+    x -------------------.
+     \\                    +  -> add        skip = x, branch = f, region = everything between
+      `-- norm -- ... -- f'
+
+Sums of several operands, ``x + a + m`` or ``(a + m) + x``, are one residual with parallel branches.
+A region is found by walking back from the branch and never above the skip, so the cost of a block is
+its length. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch.fx import Node
+
+from re2fx import ops
+from re2fx.aliases import Aliases
+from re2fx.graph import Flow
+from re2fx.legality import first_refusal
+from re2fx.match import Detection, Match, Term, refuse
+from re2fx.plan import Refusal
+
+
+def detect(flow: Flow) -> Detection:
+    """Classify every addition of a normalised graph."""
+    found = Detection()
+    aliases = Aliases(flow)
+    taken: set[Node] = set()
+    for add in reversed(flow.nodes):
+        if not ops.is_add(add) or add in taken or flow.is_shape(add):
+            continue
+        if flow.is_constant(add):
+            continue
+        match = best_match(flow, add)
+        if match is None:
+            classify_other(flow, add, found)
+            continue
+        taken.update(match.inner)
+        refusal = object_to(flow, match, aliases)
+        if refusal is not None:
+            found.refusals.append(refusal)
+            continue
+        passengers, _ = flow.passengers(match.region, {add, *match.dropped})
+        found.matches.append(replace(match, passengers=tuple(passengers)))
+    found.matches.reverse()
+    found.refusals.reverse()
+    found.misses.sort(key=nearness)
+    return found
+
+
+def object_to(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """Why a match cannot be rewired, if it cannot."""
+    if ops.is_inplace(match.add, flow.root):
+        return refuse(
+            flow,
+            match.add,
+            "in-place write",
+            "the addition writes in place into memory that is read elsewhere; write x = x + f",
+        )
+    if match.skip.scale == 0:
+        return refuse(flow, match.add, "zero scale", "the skip is multiplied by zero")
+    return first_refusal(flow, match, aliases)
+
+
+def best_match(flow: Flow, add: Node) -> Match | None:
+    """The reading of a sum, two operands first, that is a residual."""
+    for terms, inner in spellings(flow, add):
+        for index, skip in enumerate(terms):
+            branches = (*terms[:index], *terms[index + 1 :])
+            match = match_skip(flow, add, skip, branches, inner)
+            if match is not None:
+                return match
+    return None
+
+
+def match_skip(
+    flow: Flow, add: Node, skip: Term, branches: tuple[Term, ...], inner: tuple[Node, ...]
+) -> Match | None:
+    """A match if every branch derives from the skip and some parameter is trained between."""
+    skip = unscaled(flow, skip)
+    if flow.is_constant(skip.value) or flow.is_shape(skip.value):
+        return None
+    for branch in branches:
+        if not flow.between(skip.value, [branch.value]):
+            return None
+    region = flow.between(skip.value, [branch.value for branch in branches])
+    if not any(flow.trains(node) for node in region):
+        return None
+    return Match(add, skip, branches, inner, tuple(region))
+
+
+def spellings(flow: Flow, add: Node) -> Iterator[tuple[tuple[Term, ...], tuple[Node, ...]]]:
+    """The operands of a sum, flattened ever deeper, and the inner additions flattened away.
+
+    Only additions that nobody else reads are flattened.
+    """
+    terms, inner = operands(flow, add), ()
+    while len(terms) >= 2:
+        yield terms, inner
+        index = next((i for i, t in enumerate(terms) if absorbable(flow, t)), None)
+        if index is None:
+            return
+        node = terms[index].value
+        terms = (*terms[:index], *operands(flow, node), *terms[index + 1 :])
+        inner = (*inner, node)
+
+
+def absorbable(flow: Flow, term: Term) -> bool:
+    """An out-of-place addition of two values that only the enclosing sum reads."""
+    node = term.value
+    plain = ops.is_add(node) and not ops.is_inplace(node, flow.root) and term.scale == 1
+    return plain and len(flow.users(node)) == 1 and len(operands(flow, node)) == 2
+
+
+def operands(flow: Flow, add: Node) -> tuple[Term, ...]:
+    """The two operands of an addition with their constant scales; empty if one is no node."""
+    arguments = [*add.args, *(add.kwargs[k] for k in ("input", "other") if k in add.kwargs)]
+    nodes = [value for value in arguments if isinstance(value, Node)]
+    alpha = add.kwargs.get("alpha", 1)
+    if len(arguments) != 2 or len(nodes) != 2 or not isinstance(alpha, (int, float)):
+        return ()
+    left, right = (flow.source(node) for node in nodes)
+    return Term(left), Term(right, float(alpha))
+
+
+def unscaled(flow: Flow, term: Term) -> Term:
+    """Look through a multiplication by a constant that only this sum reads."""
+    factor = ops.constant_factor(term.value)
+    if factor is None or len(flow.users(term.value)) != 1 or ops.is_inplace(term.value, flow.root):
+        return term
+    return Term(flow.source(factor[0]), term.scale * factor[1], (term.value,))
+
+
+def classify_other(flow: Flow, add: Node, found: Detection) -> None:
+    """An addition without a skip: a projection, or no residual at all."""
+    terms = operands(flow, add)
+    if len(terms) != 2:
+        found.misses.append(refuse(flow, add, "one operand", "a number or a scaled value is added"))
+        return
+    left, right = (t.value for t in terms)
+    if flow.is_constant(left) or flow.is_constant(right):
+        found.misses.append(
+            refuse(flow, add, "constant", "one operand is a parameter or a constant, not an activation")
+        )
+        return
+    source = flow.common_source(left, right)
+    if source is None:
+        found.misses.append(
+            refuse(flow, add, "two sources", "the operands come from different inputs of the model")
+        )
+        return
+    sides = [flow.between(source, [value]) for value in (left, right)]
+    trained = [any(flow.trains(node) for node in side) for side in sides]
+    if not any(trained):
+        found.misses.append(
+            refuse(
+                flow,
+                add,
+                "nothing trained",
+                f"no trained operation lies between {source.name} and the addition",
+            )
+        )
+        return
+    found.refusals.append(not_an_identity(flow, add, left, right, source, sides))
+
+
+def not_an_identity(
+    flow: Flow, add: Node, left: Node, right: Node, source: Node, sides: list[list[Node]]
+) -> Refusal:
+    """Both operands transform the common source; say what is in the way of an identity skip."""
+    for value in (left, right):
+        if ops.is_product(value) and source in flow.inputs(value):
+            return refuse(
+                flow,
+                add,
+                "scaled skip",
+                f"the skip {source.name} is multiplied by a value that is not a constant "
+                f"({value.name}); its inverse would divide by it",
+            )
+    skip = min(sides, key=len)
+    named = ", ".join(node.name for node in skip[:3]) or source.name
+    return refuse(
+        flow,
+        add,
+        "projection",
+        f"the skip is not an identity: it passes through {named}"
+        if len(skip) <= 3
+        else f"the skip is not an identity: it passes through {len(skip)} operations, first {named}",
+    )
+
+
+def nearness(miss: Refusal) -> int:
+    """Order of misses: the more of a residual it has, the nearer."""
+    order = ("nothing trained", "two sources", "constant", "one operand")
+    return order.index(miss.rule)

@@ -1,0 +1,71 @@
+"""Say the same program in one spelling, so that detection need not know the others.
+
+    before                          after
+    y = relu_(x); z = f(x)          y = relu_(x); z = f(y)        reads go through the write
+    out += identity                 out_1 = out + identity        where nobody can tell
+    x.add_(f, alpha=2)              torch.add(x, f, alpha=2)
+
+Values, RNG and side effects stay the same, bit for bit. A new graph is returned.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from re2fx import ops
+from re2fx.graph import Flow, copy_graph
+from re2fx.legality import Aliases
+
+
+def normalize(graph: Graph, root: nn.Module) -> Graph:
+    """Return an equal graph in which in-place writes are visible as dataflow.
+
+    Args:
+        graph: any FX graph; left as it is.
+        root: the module its targets are looked up in.
+    """
+    new, _ = copy_graph(graph)
+    read_through_writes(new, root)
+    write_adds_out_of_place(new, root)
+    new.lint()
+    return new
+
+
+def read_through_writes(graph: Graph, root: nn.Module) -> None:
+    """After ``y = op_(x)`` both names are one tensor; let later reads of ``x`` say ``y``."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = written(node, root)
+        if target is None or node.target is operator.setitem or target.op == "get_attr":
+            continue
+        for user in list(target.users):
+            if position[user] > position[node]:
+                user.replace_input_with(target, node)
+
+
+def written(node: Node, root: nn.Module) -> Node | None:
+    """The value an in-place operation overwrites and returns."""
+    if not ops.is_inplace(node, root):
+        return None
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    return first if isinstance(first, Node) else None
+
+
+def write_adds_out_of_place(graph: Graph, root: nn.Module) -> None:
+    """Replace in-place additions where no other value shares their memory afterwards."""
+    flow = Flow(graph, root)
+    aliases = Aliases(flow)
+    for node in flow.nodes:
+        if not ops.is_inplace_add(node) or not aliases.functional(node):
+            continue
+        scaled = node.kwargs or len(node.args) != 2
+        with graph.inserting_before(node):
+            target = torch.add if scaled else operator.add
+            new = graph.call_function(target, node.args, node.kwargs)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)

@@ -1,0 +1,271 @@
+"""Rewrite the planned chains into the two-stream form. Plain, differentiable, printable FX.
+
+    before                            after, for the coupling (0, 1, 1)
+    x1 = x0 + F0(x0)                  p1 = x0 + F0(x0)
+    x2 = x1 + F1(x1)                  p2 = x0 + F1(p1)
+    x3 = x2 + F2(x2)                  p3 = p1 + F2(p2)
+    y  = head(x3)                     y  = head((p3 + p2) * 0.5)
+
+The graph is copied in program order. Inside the branch of residual i the stream value x_i becomes
+p_i; everybody else who reads it (a tap, the end of the chain) gets the readout of (p_i, p_{i-1}).
+Nodes outside the chains are copied as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from re2fx import ops
+from re2fx.coupling import Coupling, Readout, linear_weights, read
+from re2fx.graph import Flow
+from re2fx.plan import Chain, Plan, Residual
+from re2fx.wiring import Block, Link, Wiring
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two streams at one point of a chain, and the activation still to be applied to them."""
+
+    current: Node
+    previous: Node
+    activation: Node | None = None
+
+
+@dataclass
+class State:
+    """A chain while it is being written."""
+
+    start: Node
+    pair: Pair
+    couplings: list[tuple[Coupling, float]] = field(default_factory=list)
+    steps: list[Block | Link] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is needed to read one stream value from outside: its streams, and those before."""
+
+    pair: Pair
+    start: Node
+    weights: tuple[float, float, float]
+
+
+class Recorder(GraphAppendingTracer):
+    """Records arithmetic on proxies as nodes that carry the provenance of an old node."""
+
+    origin: Node | None = None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """Create a node with the source line of ``origin``."""
+        node = super().create_node(*args, **kwargs)
+        for key in ("stack_trace", "source_line", "nn_module_stack"):
+            if self.origin is not None and key in self.origin.meta:
+                node.meta[key] = self.origin.meta[key]
+        return node
+
+
+def rewire(
+    flow: Flow,
+    plan: Plan,
+    coupling: Coupling,
+    readout: Readout = "mean",
+    activation: str = "branch",
+) -> tuple[Graph, tuple[Wiring, ...]]:
+    """Return the two-stream graph and where its chains lie.
+
+    Args:
+        flow: the dataflow of the normalised graph the plan was made for.
+        plan: what to rewire.
+        coupling: how the two streams combine.
+        readout: how two streams become one value, at taps and at the end of a chain.
+        activation: ``"branch"`` moves an activation behind an addition into the branch,
+            ``"stream"`` leaves the stream before it and applies it where the stream is read.
+    """
+    return _Rewirer(flow, plan, coupling, readout, activation).run()
+
+
+class _Rewirer:
+    def __init__(
+        self, flow: Flow, plan: Plan, coupling: Coupling, readout: Readout, activation: str
+    ) -> None:
+        self.flow, self.plan, self.coupling, self.readout = flow, plan, coupling, readout
+        self.on_stream = activation == "stream"
+        self.graph = Graph()
+        self.recorder = Recorder(self.graph)
+        # What an old value is in the new graph, for readers outside the chains.
+        self.values: dict[Node, Node] = {}
+        self.readings: dict[Node, Reading] = {}
+        # Where each chain stands, and which old nodes write its steps or belong to its branches.
+        self.states: dict[Chain, State] = {}
+        self.steps: dict[Node, tuple[Chain, Residual]] = {}
+        self.links: dict[Node, Chain] = {}
+        self.branches: dict[Node, tuple[Chain, Residual]] = {}
+        self.taken_over: set[Node] = set()
+        self.activated: dict[Node, Node] = {}
+        for chain in plan.chains:
+            self.look_up(chain)
+
+    def look_up(self, chain: Chain) -> None:
+        """Turn the plan's names into nodes."""
+        node = self.flow.by_name
+        for residual, links in zip(chain.residuals, chain.links, strict=True):
+            skip, add = node[residual.skip], node[residual.add]
+            dropped = [node[name] for name in residual.dropped]
+            region = self.flow.between(skip, [node[name] for name in residual.branches])
+            passengers, _ = self.flow.passengers(region, {add, *dropped})
+            self.branches.update(dict.fromkeys((*region, *passengers), (chain, residual)))
+            self.taken_over.update((add, *dropped))
+            self.steps[node[residual.output]] = (chain, residual)
+            self.links.update((node[name], chain) for name in links)
+
+    def run(self) -> tuple[Graph, tuple[Wiring, ...]]:
+        """Write the new graph in the order of the old one."""
+        for node in self.flow.nodes:
+            if node in self.steps:
+                self.write_step(node, *self.steps[node])
+            elif node in self.links:
+                self.write_link(node, self.states[self.links[node]])
+            elif node not in self.taken_over and self.flow.source(node) not in self.readings:
+                self.values[node] = self.copy(node)
+        self.graph.lint()
+        written = [self.states[chain] for chain in self.plan.chains]
+        return self.graph, tuple(Wiring(s.start.name, tuple(s.steps)) for s in written)
+
+    def enter(self, chain: Chain) -> State:
+        """Replicate the chain's input into both streams."""
+        start = self.value(self.flow.by_name[chain.entry])
+        self.states[chain] = State(start, Pair(start, start))
+        return self.states[chain]
+
+    def write_step(self, node: Node, chain: Chain, residual: Residual) -> None:
+        """``p_{i+1}`` from the two streams and the branch."""
+        state = self.states.get(chain) or self.enter(chain)
+        add = self.flow.by_name[residual.add]
+        moved = self.flow.by_name[residual.activation] if residual.activation else None
+        branch = self.branch_sum(residual)
+        if moved is not None and not self.on_stream:
+            branch = self.activate(moved, branch, self.sole_branch(residual))
+        coupling = self.coupling.scaled(residual.skip_scale, 1.0)
+        current, previous = state.pair.current, state.pair.previous
+        new = self.emit(add, coupling.step, current, previous, branch)
+        state.couplings.append((coupling, residual.skip_scale))
+        state.steps.append(
+            Block(current.name, previous.name, branch.name, new.name, coupling, residual.location)
+        )
+        if self.on_stream and moved is not None:
+            self.publish(add, state, Pair(new, current))
+        self.publish(node, state, Pair(new, current, moved if self.on_stream else None))
+
+    def branch_sum(self, residual: Residual) -> Node:
+        """The branch's output: parallel branches added, constant scales applied."""
+        total: Node | None = None
+        for name, scale in zip(residual.branches, residual.branch_scales, strict=True):
+            origin = self.flow.by_name[name]
+            value = self.values[self.flow.source(origin)]
+            if scale != 1:
+                value = self.emit(origin, lambda x, k=scale: x * k, value)
+            total = value if total is None else self.emit(origin, operator.add, total, value)
+        assert total is not None, "a residual has at least one branch"
+        return total
+
+    def sole_branch(self, residual: Residual) -> Node | None:
+        """The operation whose very output is the branch, if there is one."""
+        plain = len(residual.branches) == 1 and residual.branch_scales == (1.0,)
+        return self.flow.by_name[residual.branches[0]] if plain else None
+
+    def write_link(self, node: Node, state: State) -> None:
+        """A shape-only operation on both streams."""
+        pair, source = state.pair, self.flow.source(first_input(node))
+        after = Pair(*(self.copy(node, {source: p}) for p in (pair.current, pair.previous)))
+        last = state.steps[-1]
+        if isinstance(last, Link):
+            state.steps.pop()
+        else:
+            last = Link(pair.current.name, pair.previous.name, (), ())
+        currents, previouses = last.currents, last.previouses
+        state.steps.append(
+            Link(
+                last.current,
+                last.previous,
+                (*currents, after.current.name),
+                (*previouses, after.previous.name),
+            )
+        )
+        self.publish(node, state, after)
+
+    def publish(self, node: Node, state: State, pair: Pair) -> None:
+        """From here on ``node`` of the old graph stands for this pair of streams."""
+        state.pair = pair
+        self.readings[node] = Reading(pair, state.start, linear_weights(state.couplings))
+
+    def copy(self, node: Node, given: dict[Node, Node] | None = None) -> Node:
+        """Copy a node, each argument as this node should see it, or as given."""
+
+        def argument(value: Node) -> Node:
+            source = self.flow.source(value)
+            return given[source] if given and source in given else self.seen_by(node, value)
+
+        return self.graph.node_copy(node, argument)
+
+    def seen_by(self, reader: Node, value: Node) -> Node:
+        """What a reader of the old graph reads in the new one."""
+        source = self.flow.source(value)
+        if reader in self.branches:
+            chain, residual = self.branches[reader]
+            if source.name == residual.skip and residual is not chain.residuals[0]:
+                return self.branch_input(source, self.states[chain].pair)
+        if source not in self.readings:
+            return self.values[value] if value in self.values else self.values[source]
+        if ops.reads_shape_only(reader):
+            return self.readings[source].pair.current
+        return self.value(source)
+
+    def branch_input(self, source: Node, pair: Pair) -> Node:
+        """The stream as its branch reads it."""
+        if pair.activation is None:
+            return pair.current
+        if source not in self.activated:
+            self.activated[source] = self.activate(pair.activation, pair.current, None)
+        return self.activated[source]
+
+    def value(self, source: Node) -> Node:
+        """One tensor for a value: itself, or the readout of the two streams it stands for."""
+        if source not in self.values:
+            reading = self.readings[source]
+            value = self.emit(
+                source,
+                lambda p, q, start: read(self.readout, p, q, start, reading.weights),
+                reading.pair.current,
+                reading.pair.previous,
+                reading.start,
+            )
+            if reading.pair.activation is not None:
+                value = self.activate(reading.pair.activation, value, None)
+            self.values[source] = value
+        return self.values[source]
+
+    def activate(self, node: Node, value: Node, producer: Node | None) -> Node:
+        """The activation on a value; one in place gets a copy if the value may be needed intact."""
+        root = self.flow.root
+        if ops.is_inplace(node, root) and (producer is None or ops.keeps_output(producer, root)):
+            value = self.emit(node, torch.clone, value)
+        return self.copy(node, {self.flow.source(first_input(node)): value})
+
+    def emit(self, origin: Node, function: Any, *values: Node) -> Node:
+        """Record arithmetic on nodes, with the provenance of a node of the old graph."""
+        self.recorder.origin = origin
+        result: Proxy = function(*(Proxy(value, self.recorder) for value in values))
+        return result.node
+
+
+def first_input(node: Node) -> Node:
+    """The value an activation or a shape-only operation works on."""
+    value = node.args[0]
+    assert isinstance(value, Node), "only operations on a stream get here"
+    return value

@@ -1,0 +1,296 @@
+"""Model to graph: `torch.fx` symbolic tracing with live modules, in train and in eval mode.
+
+What plain ``symbolic_trace`` gets silently wrong is handled here: it bakes ``self.training`` into
+functional calls (two graphs, one per mode), it loses the backward of a custom
+``autograd.Function`` (its module stays a leaf), it takes the wrong branch at ``if mask is not None``
+(arguments that are not given are fixed to their defaults, and checked at every call), and it leaves
+constants behind on the traced model (they are kept apart).
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import CaptureError, Re2fxWarning
+from .inputs import InputSpec
+from .ops import has_hooks
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_HERE = os.path.abspath(__file__)
+
+Leaves = Sequence["str | type[nn.Module]"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as one FX graph per mode.
+
+    Attributes:
+        train: the graph in train mode; ``call_module`` and ``get_attr`` name the model's members.
+        eval: the graph in eval mode.
+        inputs: how a call's arguments become the graphs' placeholders.
+        constants: tensors made while tracing, which the graphs read by name.
+        leaves: modules kept whole because tracing into them failed, with the reason.
+    """
+
+    train: fx.Graph
+    eval: fx.Graph
+    inputs: InputSpec
+    constants: dict[str, torch.Tensor]
+    leaves: dict[str, str] = field(default_factory=dict)
+
+
+def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -> Captured:
+    """Trace a model symbolically, once per mode, without changing it.
+
+    Args:
+        model: any module.
+        example_inputs: a tuple of positional arguments, a dict of keyword arguments, or one
+            argument. Needed only for inputs that are lists, tuples or dicts of tensors, and for
+            optional arguments that will be given. The values are not used, their structure is.
+        leaves: module paths or classes that are kept whole.
+
+    Raises:
+        CaptureError: the model cannot be traced; names the line and the remedy.
+    """
+    inputs = InputSpec.of(model, example_inputs)
+    failed: dict[str, str] = {}
+    constants: dict[str, torch.Tensor] = {}
+    graphs = {}
+    for mode in (True, False):
+        with _mode(model, mode):
+            graphs[mode] = _trace(model, inputs, leaves, failed, constants)
+    _warn_of_dissolved_hooks(model, graphs[True])
+    return Captured(graphs[True], graphs[False], inputs, constants, failed)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Set every training flag, and give each its own value back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        for module in flags:
+            module.training = training
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _trace(
+    model: nn.Module,
+    inputs: InputSpec,
+    leaves: Leaves,
+    failed: dict[str, str],
+    constants: dict[str, torch.Tensor],
+) -> fx.Graph:
+    """Trace; when a submodule cannot be traced, keep its class whole and try again."""
+    whole: list[str | type[nn.Module]] = [*leaves]
+    whole += [type(model.get_submodule(path)) for path in failed]
+    while True:
+        tracer = Tracer(inputs, whole)
+        try:
+            graph = tracer.record(model, constants)
+        except _Untraceable as error:
+            if error.path is None:
+                raise _explained(model, error) from error.__cause__
+            failed[error.path] = error.reason
+            whole.append(type(model.get_submodule(error.path)))
+        else:
+            failed_now = {m.target for m in graph.nodes if m.op == "call_module"}
+            for path in failed.keys() - failed_now:
+                del failed[path]
+            return graph
+
+
+class _Untraceable(Exception):
+    """Tracing stopped inside the submodule ``path``; None for the model itself."""
+
+    def __init__(self, path: str | None, reason: str, line: str) -> None:
+        super().__init__(reason)
+        self.path, self.reason, self.line = path, reason, line
+
+
+class _CustomFunction(Exception):
+    """A ``torch.autograd.Function`` met while tracing."""
+
+
+class Tracer(fx.Tracer):
+    """Keeps modules live where it can, and remembers the user's source line of every node."""
+
+    def __init__(self, inputs: InputSpec, whole: Sequence[str | type[nn.Module]] = ()) -> None:
+        super().__init__()
+        self._inputs = inputs
+        self._paths = {leaf for leaf in whole if isinstance(leaf, str)}
+        self._classes = tuple(leaf for leaf in whole if isinstance(leaf, type))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's own modules, and childless ones whose inside must stay live.
+
+        A childless module with parameters, buffers or hooks of its own, or whose code asks for its
+        training flag, is called as a module: its flag, its hooks and its weights stay live.
+        """
+        if module_qualified_name in self._paths or isinstance(m, self._classes):
+            return True
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        if any(True for _ in m.children()):
+            return False
+        state = any(True for _ in m.parameters()) or any(True for _ in m.buffers())
+        return state or has_hooks(m) or _asks_for_mode(type(m))
+
+    def record(self, model: nn.Module, constants: dict[str, torch.Tensor]) -> fx.Graph:
+        """Trace, moving the constants that fx leaves on the model into ``constants``."""
+        before = set(vars(model))
+        try:
+            with _custom_functions_stop():
+                graph = self.trace(model)
+        except _Untraceable:
+            raise
+        except Exception as error:
+            raise _Untraceable(None, _reason(error), _line(error)) from error
+        finally:
+            left = {name: vars(model)[name] for name in vars(model).keys() - before}
+            for name in left:
+                delattr(model, name)
+        renamed = {}
+        for name, value in left.items():
+            renamed[name] = f"_re2fx_constant{len(constants)}"
+            constants[renamed[name]] = value
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target in renamed:
+                node.target = renamed[node.target]
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders for the tensors of the inputs, in the inputs' real structures."""
+
+        def placeholder(name: str) -> fx.Proxy:
+            return self.create_proxy("placeholder", name, (), {})
+
+        arguments = self._inputs.arguments(placeholder)
+
+        def call(root: nn.Module, *unused: Any) -> Any:
+            return root_fn(root, *arguments.args, **arguments.kwargs)
+
+        return call, [self.root]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame = user_frame(sys._getframe(1))
+        if frame is not None and node.op not in ("placeholder", "output"):
+            file, line, function = frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+            code = linecache.getline(file, line).strip()
+            node.meta["source_line"] = (file, line, function, code)
+            node.meta["stack_trace"] = f'  File "{file}", line {line}, in {function}\n    {code}\n'
+        return node
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except _Untraceable:
+            raise
+        except Exception as error:
+            path = self.path_of_module(m)
+            raise _Untraceable(path, _reason(error), _line(error)) from error
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame outside torch and this module."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_TORCH) and file != _HERE and not file.startswith("<"):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether a module's forward mentions its training flag."""
+    try:
+        return "training" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return True
+
+
+@contextmanager
+def _custom_functions_stop() -> Iterator[None]:
+    """While tracing, applying a custom autograd.Function to a proxy raises instead of vanishing."""
+    function = torch.autograd.Function
+    original = function.__dict__["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            raise _CustomFunction(
+                f"it applies the custom autograd.Function {cls.__name__}, whose backward tracing "
+                "would lose"
+            )
+        return original.__func__(cls, *args, **kwargs)
+
+    function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        function.apply = original  # type: ignore[method-assign]
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _line(error: Exception) -> str:
+    """The innermost line of user code in a traceback."""
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(_TORCH) and file != _HERE and not file.startswith("<"):
+            code = linecache.getline(file, trace.tb_lineno).strip()
+            found = f"{file}:{trace.tb_lineno}: {code}"
+        trace = trace.tb_next
+    return found
+
+
+def _explained(model: nn.Module, error: _Untraceable) -> CaptureError:
+    """The error a user sees when the model itself cannot be traced."""
+    where = f" at {error.line}" if error.line else ""
+    return CaptureError(
+        f"{type(model).__name__} cannot be traced symbolically{where}: {error.reason}. "
+        "What to try: pass example_inputs= if the model takes lists, tuples or dicts of tensors or "
+        "needs optional arguments; move the part that depends on tensor values into a submodule of "
+        "its own (a submodule that cannot be traced is kept whole); or transform the largest "
+        "submodule that can be traced, such as model.backbone."
+    )
+
+
+def _warn_of_dissolved_hooks(model: nn.Module, graph: fx.Graph) -> None:
+    """Name modules whose hooks will not run because tracing went through them."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    lost = []
+    for path, module in model.named_modules():
+        inside = any(path == leaf or path.startswith(leaf + ".") for leaf in called)
+        if has_hooks(module) and not inside:
+            lost.append(path or "the model itself")
+    if lost:
+        warnings.warn(
+            f"hooks registered on {', '.join(lost)} will not run in the transformed model: tracing "
+            "dissolved these modules into their operations. Register hooks on their leaves, or pass "
+            "leaves=[...] to keep a module whole.",
+            Re2fxWarning,
+            stacklevel=4,
+        )

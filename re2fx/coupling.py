@@ -1,0 +1,151 @@
+"""How the two streams of a chain combine, and how their end becomes one tensor.
+
+Every published scheme with one branch evaluation per step is one linear two-step recurrence over
+the stream states ``p_i`` of a chain, with ``p_0 = p_{-1}`` the chain's input and ``F_i`` its
+branches::
+
+    p_{i+1} = a * p_i + b * p_{i-1} + c * F_i(p_i)
+    p_{i-1} = (p_{i+1} - a * p_i - c * F_i(p_i)) / b
+
+The methods use nothing but arithmetic, so one definition serves tensors (the executors) and FX
+proxies (the rewiring, which records the arithmetic as graph nodes).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from .errors import OptionError
+
+Readout = Literal["mean", "sum"]
+READOUTS: tuple[str, ...] = get_args(Readout)
+
+
+def _accumulate(*terms: tuple[float, Any]) -> Any:
+    """Sum ``coefficient * value``, leaving out zeros and factors of one."""
+    total: Any = None
+    for coefficient, value in terms:
+        if coefficient == 0:
+            continue
+        term = value if coefficient == 1 else value * coefficient
+        total = term if total is None else total + term
+    return total
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The coefficients ``(a, b, c)`` of the two-step recurrence.
+
+    Attributes:
+        a: weight of the current stream state ``p_i``.
+        b: weight of the previous stream state ``p_{i-1}``; zero cannot be inverted.
+        c: weight of the branch's output.
+    """
+
+    a: float
+    b: float
+    c: float
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b", "c"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise OptionError(f"coupling: {name} must be a finite number, not {value!r}")
+
+    @classmethod
+    def re2tal(cls) -> Coupling:
+        """Each skip jumps two branches instead of one (Re2TAL, CVPR 2023): ``(0, 1, 1)``."""
+        return cls(0.0, 1.0, 1.0)
+
+    @classmethod
+    def original(cls) -> Coupling:
+        """The network as it was, ``(1, 0, 1)``: not invertible, for ``memory="store"`` only."""
+        return cls(1.0, 0.0, 1.0)
+
+    @classmethod
+    def consistent(cls, b: float) -> Coupling:
+        """``(1 - b, b, 1 + b)``: nearer to the original network the smaller ``b`` is."""
+        return cls(1.0 - b, b, 1.0 + b)
+
+    @classmethod
+    def midpoint(cls, b: float, h: float) -> Coupling:
+        """``(1 - b, b, h)``: the damped midpoint rule with step ``h``."""
+        return cls(1.0 - b, b, h)
+
+    @classmethod
+    def momentum(cls, g: float) -> Coupling:
+        """``(1 + g, -g, 1 - g)``: the momentum ResNet (ICML 2021)."""
+        return cls(1.0 + g, -g, 1.0 - g)
+
+    @classmethod
+    def dr2net(cls, alpha: float, beta: float) -> Coupling:
+        """``(alpha, beta, 1)``: Dr2Net (CVPR 2024)."""
+        return cls(alpha, beta, 1.0)
+
+    def scaled(self, skip: float, branch: float) -> Coupling:
+        """The coupling of a residual written as ``skip * x + branch * F(x)``."""
+        if skip == 1 and branch == 1:
+            return self
+        return replace(self, a=self.a * skip, b=self.b * skip, c=self.c * branch)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether ``p_{i-1}`` follows from ``(p_{i+1}, p_i)``."""
+        return self.b != 0
+
+    @property
+    def growth(self) -> float:
+        """By how much one step of the inverse amplifies a rounding error, at the most.
+
+        The largest root in absolute value of ``b m^2 + a m - 1 = 0``, the characteristic equation
+        of the inverse recurrence with the branches left out; 1 means errors do not grow.
+        """
+        if not self.invertible:
+            return math.inf
+        root = complex(self.a * self.a + 4 * self.b) ** 0.5
+        return max(abs((-self.a + sign * root) / (2 * self.b)) for sign in (1, -1))
+
+    def step(self, current: Any, previous: Any, branch: Any) -> Any:
+        """``p_{i+1}`` from ``p_i``, ``p_{i-1}`` and ``F_i(p_i)``."""
+        return _accumulate((self.a, current), (self.b, previous), (self.c, branch))
+
+    def inverse(self, following: Any, current: Any, branch: Any) -> Any:
+        """``p_{i-1}`` from ``p_{i+1}``, ``p_i`` and ``F_i(p_i)``."""
+        previous = following
+        if self.a != 0:
+            previous = previous - (current if self.a == 1 else current * self.a)
+        if self.c != 0:
+            previous = previous - (branch if self.c == 1 else branch * self.c)
+        return previous if self.b == 1 else previous / self.b
+
+    def __str__(self) -> str:
+        return f"({self.a:g}, {self.b:g}, {self.c:g})"
+
+
+def linear_weights(couplings: list[tuple[Coupling, float]]) -> tuple[float, float, float]:
+    """What is left of the chain's input in ``p_n``, in ``p_{n-1}`` and in the original output.
+
+    Args:
+        couplings: per residual its effective coupling and the constant scale of its skip.
+    """
+    current, previous, original = 1.0, 1.0, 1.0
+    for coupling, skip in couplings:
+        current, previous = coupling.a * current + coupling.b * previous, current
+        original *= skip
+    return current, previous, original
+
+
+def read(
+    readout: Readout, current: Any, previous: Any, start: Any, weights: tuple[float, float, float]
+) -> Any:
+    """Turn two streams into one value.
+
+    ``mean`` is Re2TAL's. ``sum`` keeps the full update of the original ``x + sum F_i`` (the mean
+    halves it): the two streams together, less the surplus of the chain's input ``start``.
+    """
+    if readout == "mean":
+        return (current + previous) * 0.5
+    surplus = weights[0] + weights[1] - weights[2]
+    return _accumulate((1.0, current), (1.0, previous), (-surplus, start))

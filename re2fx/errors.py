@@ -1,0 +1,41 @@
+"""The typed errors and warnings of re2fx. Each message says what, where and what to do."""
+
+
+class Re2fxError(Exception):
+    """Base of every error that re2fx raises on purpose."""
+
+
+class OptionError(Re2fxError, ValueError):
+    """An argument has a value it cannot take; the message names it and the allowed values."""
+
+
+class InputError(Re2fxError, TypeError):
+    """The inputs of a call do not fit the inputs the model was captured with."""
+
+
+class CaptureError(Re2fxError):
+    """The model could not be turned into a graph."""
+
+
+class ModeMismatchError(Re2fxError):
+    """The train and the eval graph of one model would be rewired differently."""
+
+
+class NoResidualError(Re2fxError):
+    """Nothing can be rewired, and ``strict=True`` asked for an error instead of a warning."""
+
+
+class ConditioningError(Re2fxError):
+    """A coupling loses more digits over a chain's depth than reconstruction can spare."""
+
+
+class StreamError(Re2fxError, RuntimeError):
+    """A branch changes the shape of its stream, so the stream cannot be reconstructed."""
+
+
+class ReplayError(Re2fxError, RuntimeError):
+    """Running a branch again did not do what its first run did."""
+
+
+class Re2fxWarning(UserWarning):
+    """Something the user should know, and can silence by this category."""

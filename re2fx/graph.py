@@ -1,0 +1,210 @@
+"""Read-only questions about an FX graph: who reads whom, where a region begins and ends.
+
+`Flow` is computed once per graph, in one pass, and never changes it. All its walks stay between two
+positions of the program, so a question about a block costs as much as the block is long, however
+deep the network is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from torch import nn
+from torch.fx import Graph, Node
+
+from . import ops
+from .plan import Location
+
+
+class Flow:
+    """The dataflow of one graph, with identities looked through.
+
+    Args:
+        graph: any FX graph.
+        root: the module that ``call_module`` and ``get_attr`` targets are looked up in.
+    """
+
+    def __init__(self, graph: Graph, root: nn.Module) -> None:
+        self.graph, self.root = graph, root
+        self.nodes: list[Node] = list(graph.nodes)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.by_name = {node.name: node for node in self.nodes}
+        self._source: dict[Node, Node] = {}
+        self._inputs: dict[Node, tuple[Node, ...]] = {}
+        self._users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        self._shape: set[Node] = set()
+        self._constant: set[Node] = set()
+        self._parametric: set[Node] = set()
+        for node in self.nodes:
+            self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        inputs = tuple(self.source(n) for n in node.all_input_nodes)
+        if ops.is_identity(node, self.root):
+            self._source[node] = inputs[0]
+            return
+        self._inputs[node] = inputs
+        for value in dict.fromkeys(inputs):
+            self._users[value].append(node)
+        if node.op == "get_attr":
+            self._constant.add(node)
+            if isinstance(lookup(self.root, str(node.target)), nn.Parameter):
+                self._parametric.add(node)
+        elif inputs and all(n in self._constant for n in inputs) and node.op != "output":
+            self._constant.add(node)
+            if any(n in self._parametric for n in inputs) or self._module_trains(node):
+                self._parametric.add(node)
+        if ops.reads_shape_only(node) or (
+            inputs and ops.is_number_op(node) and all(n in self._shape for n in inputs)
+        ):
+            self._shape.add(node)
+
+    def _module_trains(self, node: Node) -> bool:
+        module = ops.module_of(node, self.root)
+        return module is not None and any(True for _ in module.parameters())
+
+    def source(self, node: Node) -> Node:
+        """The value itself, behind any identities."""
+        return self._source.get(node, node)
+
+    def inputs(self, node: Node) -> tuple[Node, ...]:
+        """The values a node reads."""
+        return self._inputs.get(node, ())
+
+    def users(self, node: Node) -> list[Node]:
+        """The nodes that read a value, in program order."""
+        return self._users[node]
+
+    def is_shape(self, node: Node) -> bool:
+        """Whether the node depends on shapes, dtypes and devices alone."""
+        return node in self._shape
+
+    def is_constant(self, node: Node) -> bool:
+        """Whether the node depends on parameters, buffers and constants alone."""
+        return node in self._constant
+
+    def trains(self, node: Node) -> bool:
+        """Whether an activation meets a parameter in this node."""
+        if node in self._constant:
+            return False
+        return self._module_trains(node) or any(n in self._parametric for n in self.inputs(node))
+
+    def between(self, start: Node, ends: Iterable[Node]) -> list[Node]:
+        """The nodes on a path from ``start`` to any of ``ends``, ends included, in program order.
+
+        Empty if ``start`` is no ancestor of them. Nodes above ``start`` in the program cannot
+        depend on it, so the walk never leaves the lines between them.
+        """
+        floor = self.position[start]
+        seen: set[Node] = set()
+        stack = [self.source(end) for end in ends]
+        while stack:
+            node = stack.pop()
+            if node in seen or self.position[node] <= floor:
+                continue
+            seen.add(node)
+            stack.extend(self.inputs(node))
+        reached: set[Node] = {start}
+        path = []
+        for node in sorted(seen, key=self.position.__getitem__):
+            if any(n in reached for n in self.inputs(node)):
+                reached.add(node)
+                path.append(node)
+        return path
+
+    def passengers(self, region: Iterable[Node], doors: set[Node]) -> tuple[list[Node], Node | None]:
+        """Nodes that hang off a region and go nowhere, and the first real leak.
+
+        Dead tuple elements and ``torch._assert`` on shapes read values of a region without
+        carrying any of them away. ``doors`` are the nodes allowed to read the region.
+
+        Returns:
+            the passengers in program order, and a node outside that carries a value away, if any.
+        """
+        inside = set(region)
+        found: list[Node] = []
+        stack = [u for n in region for u in self.users(n) if u not in inside and u not in doors]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if not (self.is_shape(node) or self.is_dead(node)):
+                return [], node
+            found.append(node)
+            stack.extend(u for u in self.users(node) if u not in inside)
+        return sorted(found, key=self.position.__getitem__), None
+
+    def is_dead(self, node: Node) -> bool:
+        """Nobody reads the value, and computing it has no effect."""
+        selects = node.op == "call_function" and node.target is operator.getitem
+        return selects and not self.users(node)
+
+    @cached_property
+    def dominators(self) -> dict[Node | str, Node | str]:
+        """Immediate dominators of the activations, from a common root above all inputs."""
+        flow: nx.DiGraph[Node | str] = nx.DiGraph()
+        flow.add_node(ROOT)
+        for node in self.nodes:
+            if node in self._shape or node in self._constant or node in self._source:
+                continue
+            inputs = [
+                n for n in self.inputs(node) if n not in self._shape and n not in self._constant
+            ]
+            flow.add_edges_from((n, node) for n in inputs)
+            if not inputs:
+                flow.add_edge(ROOT, node)
+        return dict(nx.immediate_dominators(flow, ROOT))
+
+    def common_source(self, left: Node, right: Node) -> Node | None:
+        """The last value that everything in both operands flows through, if there is one."""
+        idom = self.dominators
+        a: Node | str = left
+        b: Node | str = right
+        while a != b:
+            if isinstance(a, str) or isinstance(b, str):
+                return None
+            if self.position[a] > self.position[b]:
+                a = idom.get(a, ROOT)
+            else:
+                b = idom.get(b, ROOT)
+        return None if isinstance(a, str) else a
+
+    def location(self, node: Node) -> Location:
+        """Module path and the innermost line of the user's code."""
+        return location(node)
+
+
+ROOT = "<inputs>"
+
+
+def lookup(root: nn.Module, target: str) -> Any:
+    """The attribute a dotted ``get_attr`` target names, or None."""
+    value: Any = root
+    for name in target.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def location(node: Node) -> Location:
+    """Module path and the innermost line of the user's code, as recorded while tracing."""
+    stack = node.meta.get("nn_module_stack") or {}
+    module = next(reversed(stack.values()))[0] if stack else ""
+    frame = node.meta.get("source_line")
+    return Location(module, *frame) if frame else Location(module)
+
+
+def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """A copy with equal node names, and the map from old to new nodes."""
+    copied = Graph()
+    nodes: dict[Node, Node] = {}
+    output = copied.graph_copy(graph, nodes, return_output_node=True)
+    if output is not None:
+        value, old = output  # type: ignore[misc]
+        nodes[old] = copied.output(value)
+    return copied, nodes

@@ -1,0 +1,147 @@
+"""How the arguments of a call become the placeholders of a graph, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One leaf of the inputs: a placeholder with a name, or a constant."""
+
+    name: str
+    constant: Any = None
+    is_constant: bool = False
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The structure of a model's inputs.
+
+    Attributes:
+        owner: the model's class name, for messages.
+        signature: the signature of its forward.
+        structure: the tree of bound arguments; a leaf per slot.
+        slots: what each leaf is.
+    """
+
+    owner: str
+    signature: inspect.Signature
+    structure: pytree.TreeSpec
+    slots: tuple[_Slot, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any = None) -> InputSpec:
+        """Read the structure off the signature and, where given, off example inputs.
+
+        Without examples each argument without a default is one placeholder, and every argument
+        with a default is fixed to it. With examples each tensor in them is one placeholder, and
+        everything else in them is fixed.
+        """
+        owner = type(model).__name__
+        signature = inspect.signature(model.forward)
+        if example_inputs is None:
+            bound = {
+                name: _Slot(name) if p.default is p.empty else _Slot(name, p.default, True)
+                for name, p in signature.parameters.items()
+                if p.kind not in _VARIADIC
+            }
+            slots, structure = pytree.tree_flatten(bound, lambda leaf: isinstance(leaf, _Slot))
+            return cls(owner, signature, structure, tuple(slots))
+        arguments = _bind(owner, signature, *_split(example_inputs))
+        leaves, structure = pytree.tree_flatten(arguments)
+        paths = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+        slots = [
+            _Slot(_name(path)) if isinstance(leaf, torch.Tensor) else _Slot(_name(path), leaf, True)
+            for path, leaf in zip(paths, leaves, strict=True)
+        ]
+        return cls(owner, signature, structure, tuple(slots))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The placeholders, in order."""
+        return tuple(slot.name for slot in self.slots if not slot.is_constant)
+
+    def arguments(self, placeholder: Callable[[str], Any]) -> inspect.BoundArguments:
+        """The model's arguments, with a placeholder where a tensor goes."""
+        leaves = [s.constant if s.is_constant else placeholder(s.name) for s in self.slots]
+        return _unbind(self.signature, pytree.tree_unflatten(leaves, self.structure))
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The placeholders' values in a call.
+
+        Raises:
+            InputError: a structure or a fixed value differs from what was captured.
+        """
+        arguments = _bind(self.owner, self.signature, args, kwargs)
+        try:
+            leaves = self.structure.flatten_up_to(arguments)
+        except ValueError as error:
+            raise InputError(
+                f"{self.owner} was captured with inputs of another structure: {error}. Transform "
+                "the model with example_inputs= of the structure you call it with."
+            ) from None
+        values = []
+        for slot, leaf in zip(self.slots, leaves, strict=True):
+            if not slot.is_constant:
+                values.append(leaf)
+            elif not _same(leaf, slot.constant):
+                raise InputError(
+                    f"{self.owner} was captured with {slot.name}={slot.constant!r} and called with "
+                    f"another value. Transform it with example_inputs= that hold this argument."
+                )
+        return values
+
+
+def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (example_inputs,), {}
+
+
+def _bind(
+    owner: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments by name, defaults applied."""
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{owner}: {error}; its forward takes {signature}") from None
+    bound.apply_defaults()
+    kinds = signature.parameters
+    return {
+        name: value
+        for name, value in bound.arguments.items()
+        if kinds[name].kind not in _VARIADIC or value
+    }
+
+
+def _unbind(signature: inspect.Signature, arguments: dict[str, Any]) -> inspect.BoundArguments:
+    return inspect.BoundArguments(signature, arguments)  # type: ignore[arg-type]
+
+
+def _same(value: Any, constant: Any) -> bool:
+    if value is constant:
+        return True
+    if isinstance(value, torch.Tensor) or isinstance(constant, torch.Tensor):
+        return False
+    return type(value) is type(constant) and bool(value == constant)
+
+
+def _name(path: Any) -> str:
+    """``clips_0`` for the first clip of the argument ``clips``."""
+    parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+    return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)

@@ -1,0 +1,67 @@
+"""When may a skip-add be rewired? Each rule looks at one match and returns a `Refusal` or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import ops
+from .aliases import Aliases
+from .graph import Flow
+from .match import Match, refuse
+from .plan import Refusal
+
+
+def escapes(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """A value of the branch is used outside: reconstruction would have nothing to give it."""
+    doors = {match.add, *match.dropped}
+    _, leak = flow.passengers(match.region, doors)
+    if leak is None:
+        return None
+    return refuse(
+        flow,
+        match.add,
+        "branch used outside",
+        f"{leak.name} ({flow.location(leak)}) reads a value from inside the branch",
+    )
+
+
+def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """An in-place write touches the skip, or the branch writes into something that is not its own."""
+    region = {match.skip.value, *match.region}
+    for node in (match.skip.value, *match.region):
+        dirty = aliases.dirty_write(node)
+        if dirty is not None:
+            return refuse(
+                flow,
+                match.add,
+                "in-place write",
+                f"{dirty.name} ({flow.location(dirty)}) writes in place into memory that is read "
+                "again later; write it out of place",
+            )
+    for node in match.region:
+        if node is match.add or not ops.is_inplace(node, flow.root):
+            continue
+        foreign = [n for n in aliases.of(node) if n not in region or n is match.skip.value]
+        foreign = [n for n in foreign if not aliases.after(n, node) and n.op != "get_attr"]
+        if foreign:
+            return refuse(
+                flow,
+                match.add,
+                "in-place write",
+                f"{node.name} ({flow.location(node)}) writes in place into {foreign[0].name}, which "
+                "the branch does not own: running the branch again would write twice",
+            )
+    return None
+
+
+Rule = Callable[[Flow, Match, Aliases], Refusal | None]
+RULES: tuple[Rule, ...] = (escapes, writes_in_place)
+
+
+def first_refusal(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """The first rule that objects."""
+    for rule in RULES:
+        refusal = rule(flow, match, aliases)
+        if refusal is not None:
+            return refusal
+    return None

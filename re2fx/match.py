@@ -1,0 +1,82 @@
+"""What detection hands from pass to pass.
+
+A match holds FX nodes and lives as long as one run of the pipeline; it ends as a `Residual` (names
+only) in the plan, or as a `Refusal`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from .graph import Flow
+from .plan import Refusal
+
+
+@dataclass(frozen=True)
+class Term:
+    """One operand of an addition: ``scale * value``.
+
+    Attributes:
+        value: the operand.
+        scale: its constant factor.
+        spelled: the multiplication that spells the factor, if it is a node of its own.
+    """
+
+    value: Node
+    scale: float = 1.0
+    spelled: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Match:
+    """A skip-add: ``add = skip.scale * skip.value + sum(branch.scale * branch.value)``.
+
+    Attributes:
+        add: the (outermost) addition.
+        skip: the operand that every branch derives from.
+        branches: the others.
+        inner: additions inside the sum, when it has more than two operands.
+        region: the nodes between the skip and the branches' ends, in program order.
+        passengers: nodes that hang off the region and go nowhere.
+    """
+
+    add: Node
+    skip: Term
+    branches: tuple[Term, ...]
+    inner: tuple[Node, ...]
+    region: tuple[Node, ...]
+    passengers: tuple[Node, ...] = ()
+
+    @property
+    def dropped(self) -> tuple[Node, ...]:
+        """Nodes whose work the coupling takes over."""
+        spelled = tuple(node for term in (self.skip, *self.branches) for node in term.spelled)
+        return (*spelled, *self.inner)
+
+    def side_inputs(self, flow: Flow) -> list[Node]:
+        """Values from outside that the region reads, constants and shapes of the skip left out."""
+        inside = {self.skip.value, *self.region}
+        return list(
+            dict.fromkeys(
+                value
+                for node in self.region
+                for value in flow.inputs(node)
+                if value not in inside and not flow.is_constant(value)
+            )
+        )
+
+
+def refuse(flow: Flow, node: Node, rule: str, sentence: str) -> Refusal:
+    """A refusal of the addition ``node``."""
+    return Refusal(rule, node.name, sentence, flow.location(node))
+
+
+@dataclass
+class Detection:
+    """What detection found: matches that may be rewired, refusals, and what is no skip-add."""
+
+    matches: list[Match] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    misses: list[Refusal] = field(default_factory=list)

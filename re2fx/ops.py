@@ -1,0 +1,230 @@
+"""What single FX nodes do: the vocabulary of operations that detection and legality ask about.
+
+Every predicate takes a node and the root module its ``call_module`` targets live in. Nothing here
+looks further than the node itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
+_MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+_DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
+
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "itemsize"}
+_SHAPE_CALLS = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "get_device",
+    "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full",
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like,
+    torch.randn_like, torch.numel, torch.is_tensor, torch.is_floating_point,
+}  # fmt: skip
+_NUMBER_MODULES = {"_operator", "operator", "math", "builtins"}
+
+_PERMUTATIONS = {
+    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis",
+    torch.permute, torch.transpose, torch.t, torch.swapaxes, torch.movedim, torch.moveaxis,
+}  # fmt: skip
+_RESHAPES = {
+    "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze",
+    torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
+}  # fmt: skip
+_COPIES = {"contiguous", "clone", torch.clone}
+_OTHER_VIEWS = {
+    "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "detach", "view_as",
+    "diagonal", "unfold", "real", "imag", "to", "type", "float", "double", "half", "type_as",
+    "contiguous", "reshape_as", "tensor_split", "squeeze_", "unsqueeze_", "T", "mT",
+    torch.narrow, torch.select, torch.chunk, torch.split, torch.unbind, torch.detach,
+    torch.diagonal, torch.tensor_split, torch.real, torch.imag, torch.broadcast_to,
+    operator.getitem, getattr,
+}  # fmt: skip
+
+_ACTIVATION_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid,
+)  # fmt: skip
+_ACTIVATION_CALLS = {
+    F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish,
+    F.hardtanh, F.softplus, F.tanh, F.sigmoid, torch.relu, torch.relu_, torch.tanh, torch.sigmoid,
+    F.relu_, F.elu_, F.leaky_relu_, "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_",
+}  # fmt: skip
+_NORM_MODULES = (
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase,
+)  # fmt: skip
+_NORM_CALLS = {F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.rms_norm, F.normalize}
+
+# Outputs of these are not kept for their own backward, so the next operation may overwrite them.
+_OUTPUT_NOT_SAVED = (
+    nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm,
+)  # fmt: skip
+
+
+def module_of(node: Node, root: nn.Module) -> nn.Module | None:
+    """The module a ``call_module`` node calls."""
+    if node.op != "call_module":
+        return None
+    return root.get_submodule(str(node.target))
+
+
+def _calls(node: Node, names: set[Any]) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in names
+
+
+def is_add(node: Node) -> bool:
+    """An addition in any spelling, in place or not."""
+    return _calls(node, _ADDS)
+
+
+def is_inplace_add(node: Node) -> bool:
+    """``x += y`` or ``x.add_(y)``."""
+    return is_add(node) and is_inplace(node, None)
+
+
+def is_identity(node: Node, root: nn.Module) -> bool:
+    """``nn.Identity`` without hooks: its output is its input."""
+    module = module_of(node, root)
+    return type(module) is nn.Identity and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody registered a forward or backward hook on this very module."""
+    return any(
+        getattr(module, name, None)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def is_activation(node: Node, root: nn.Module) -> bool:
+    """An elementwise activation, which may move into the branch."""
+    return isinstance(module_of(node, root), _ACTIVATION_MODULES) or _calls(node, _ACTIVATION_CALLS)
+
+
+def is_norm(node: Node, root: nn.Module) -> bool:
+    """A normalisation layer."""
+    module = module_of(node, root)
+    named = module is not None and "norm" in type(module).__name__.lower()
+    return named or isinstance(module, _NORM_MODULES) or _calls(node, _NORM_CALLS)
+
+
+def reads_shape_only(node: Node) -> bool:
+    """A use of a tensor that sees its shape, dtype or device, never its values."""
+    if node.op == "call_function" and node.target is getattr:
+        return len(node.args) > 1 and node.args[1] in _SHAPE_ATTRIBUTES
+    return _calls(node, _SHAPE_CALLS)
+
+
+def is_number_op(node: Node) -> bool:
+    """Arithmetic that stays in Python numbers when its inputs are, or a ``torch._assert``."""
+    if node.op != "call_function" or not callable(node.target):
+        return False
+    target: Callable[..., Any] = node.target
+    return target is torch._assert or getattr(target, "__module__", "") in _NUMBER_MODULES
+
+
+def permutes(node: Node) -> bool:
+    """Moves dimensions, by constant numbers."""
+    return _calls(node, _PERMUTATIONS) and len(node.all_input_nodes) == 1
+
+
+def reshapes(node: Node) -> bool:
+    """Renames dimensions without moving or repeating an element."""
+    return _calls(node, _RESHAPES) and not (node.target == "view" and _has_dtype(node))
+
+
+def copies(node: Node) -> bool:
+    """Same values, maybe in new memory."""
+    return _calls(node, _COPIES)
+
+
+def is_bijection(node: Node) -> bool:
+    """A shape-only operation that can be undone."""
+    return permutes(node) or reshapes(node) or copies(node)
+
+
+def _has_dtype(node: Node) -> bool:
+    values = (*node.args, *node.kwargs.values())
+    return any(isinstance(value, torch.dtype) for value in values)
+
+
+def is_inplace(node: Node, root: nn.Module | None) -> bool:
+    """Writes into its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__imul__")
+    if node.op == "call_function":
+        if node.kwargs.get("inplace") is True:
+            return True
+        target: Any = node.target
+        name, module = getattr(target, "__name__", ""), getattr(target, "__module__", "") or ""
+        if target is operator.setitem:
+            return True
+        if module in ("_operator", "operator"):
+            return name in _INPLACE_OPERATORS
+        return name.endswith("_") and not name.endswith("__") and name != "_"
+    if node.op == "call_module" and root is not None:
+        return getattr(module_of(node, root), "inplace", False) is True
+    return False
+
+
+_INPLACE_OPERATORS = {
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+    "ilshift", "irshift", "imatmul",
+}  # fmt: skip
+
+
+def may_alias(node: Node, root: nn.Module) -> bool:
+    """Whether the output may share memory with an input.
+
+    Torch's own modules and functions are known; of anything else the worst is assumed.
+    """
+    if is_inplace(node, root) or is_identity(node, root):
+        return True
+    module = module_of(node, root)
+    if module is not None:
+        builtin = type(module).__module__.startswith("torch.nn.modules")
+        views = isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd))
+        return views or not builtin
+    if _calls(node, _PERMUTATIONS | _RESHAPES | _OTHER_VIEWS):
+        return True
+    if node.op == "call_function":
+        target: Any = node.target
+        owner = getattr(target, "__module__", None) or "torch"
+        return target is F.dropout or owner.split(".")[0] not in ("torch", "_operator", "operator", "math")
+    return False
+
+
+def keeps_output(node: Node, root: nn.Module) -> bool:
+    """Whether the backward of this operation may need its output unchanged."""
+    return not (is_add(node) or isinstance(module_of(node, root), _OUTPUT_NOT_SAVED))
+
+
+def constant_factor(node: Node) -> tuple[Node, float] | None:
+    """``(x, k)`` for ``x * k``, ``k * x`` and ``x / k`` with a Python number ``k``."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    if _calls(node, _MULTIPLICATIONS):
+        if isinstance(left, (int, float)) and isinstance(right, Node):
+            left, right = right, left
+        if isinstance(left, Node) and isinstance(right, (int, float)):
+            return left, float(right)
+    if _calls(node, _DIVISIONS) and isinstance(left, Node) and isinstance(right, (int, float)):
+        return (left, 1.0 / right) if right != 0 else None
+    return None
+
+
+def is_product(node: Node) -> bool:
+    """A multiplication or division of any two values."""
+    return _calls(node, _MULTIPLICATIONS | _DIVISIONS)

@@ -1,0 +1,145 @@
+"""The plan: what was found in a graph and what will be done with it, as plain data.
+
+A plan holds the *names* of FX nodes, never the nodes, so it can be printed, compared, pickled and
+outlive every graph it speaks of. Detection fills it; everything else reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where in the user's code a node comes from."""
+
+    module: str = ""
+    file: str = ""
+    line: int = 0
+    function: str = ""
+    code: str = ""
+
+    def __str__(self) -> str:
+        if not self.file:
+            return self.module or "<unknown source>"
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One skip-add, ``output = skip_scale * skip + sum(branch_scale * branch)``.
+
+    Attributes:
+        add: name of the addition.
+        skip: name of the stream value that is passed on.
+        branches: names of the values added to it; several for parallel branches.
+        branch_scales: one constant factor per branch.
+        skip_scale: constant factor of the skip.
+        output: name of the value that the next residual reads: the addition itself, the
+            activation behind it, or a multiplication by a constant.
+        activation: name of the activation that follows the addition, if it belongs to the chain.
+        dropped: names of nodes whose work the coupling takes over (scales, inner additions).
+        side_inputs: names of values from outside that the branch reads.
+        location: module path and source line of the addition.
+    """
+
+    add: str
+    skip: str
+    branches: tuple[str, ...]
+    branch_scales: tuple[float, ...]
+    skip_scale: float
+    output: str
+    activation: str | None
+    dropped: tuple[str, ...]
+    side_inputs: tuple[str, ...]
+    location: Location
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Consecutive residuals on one stream.
+
+    Attributes:
+        residuals: in order; the skip of each is the (linked) output of the one before.
+        links: before each residual, the names of the shape-only operations between it and the
+            residual before; always empty for the first.
+        taps: names of stream values inside the chain that are used elsewhere too.
+    """
+
+    residuals: tuple[Residual, ...]
+    links: tuple[tuple[str, ...], ...]
+    taps: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.residuals)
+
+    @property
+    def entry(self) -> str:
+        """Name of the value that enters the chain."""
+        return self.residuals[0].skip
+
+    @property
+    def output(self) -> str:
+        """Name of the value that leaves the chain."""
+        return self.residuals[-1].output
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A residual that was left alone, and why.
+
+    Attributes:
+        rule: short name of the rule, such as ``"projection"``.
+        node: name of the addition.
+        sentence: the reason in words.
+        location: module path and source line of the addition.
+    """
+
+    rule: str
+    node: str
+    sentence: str
+    location: Location
+
+    def __str__(self) -> str:
+        return f"{self.node} ({self.location}): {self.rule}: {self.sentence}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What re2fx does with one graph.
+
+    Attributes:
+        chains: what is rewired.
+        refusals: skip-adds that are left as they are.
+        misses: additions that are no skip-adds, with the reason; the nearest misses first.
+    """
+
+    chains: tuple[Chain, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    misses: tuple[Refusal, ...] = field(default=(), repr=False)
+
+    @property
+    def rewired(self) -> int:
+        """Number of residuals that are rewired."""
+        return sum(len(chain) for chain in self.chains)
+
+    @property
+    def found(self) -> int:
+        """Number of skip-adds in the graph, rewired or refused."""
+        return self.rewired + len(self.refusals)
+
+    def signature(self) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+        """What two graphs of one model must agree on: per chain where each residual is written.
+
+        Module paths, lines and the number of branches, not node names: a train and an eval graph
+        number their nodes differently.
+        """
+        return tuple(
+            tuple((r.location.module, r.location.line, len(r.branches)) for r in chain.residuals)
+            for chain in self.chains
+        )
+
+    def __str__(self) -> str:
+        from .text import render_plan
+
+        return render_plan(self)

@@ -1,0 +1,98 @@
+"""Plain-text rendering of a plan, grouped so that big models stay short."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import groupby
+
+from .plan import Chain, Location, Plan, Refusal
+
+MISSES_SHOWN = 5
+
+
+def render_plan(plan: Plan) -> str:
+    """One paragraph per chain, one line per kind of refusal, and the nearest misses if all missed."""
+    lines = [
+        f"{count(plan.found, 'skip-add')} found: {plan.rewired} rewired in "
+        f"{count(len(plan.chains), 'chain')}, {len(plan.refusals)} refused"
+    ]
+    for index, chain in enumerate(plan.chains):
+        lines += render_chain(index, chain)
+    if plan.refusals:
+        lines += ["refused, and left exactly as they were:", *render_refusals(plan.refusals)]
+    if not plan.found:
+        lines += render_misses(plan.misses)
+    return "\n".join(lines)
+
+
+def render_chain(index: int, chain: Chain) -> list[str]:
+    """A head line and one line per distinct source line."""
+    first, last = chain.residuals[0].location.module, chain.residuals[-1].location.module
+    where = first if first == last else f"{first} .. {last}"
+    lines = [f"chain {index}: {count(len(chain), 'residual')}, {where or 'the model itself'}"]
+    key = sorted({(str(short(r.location)), r.location.code) for r in chain.residuals})
+    for place, code in key:
+        times = sum((str(short(r.location)), r.location.code) == (place, code) for r in chain.residuals)
+        lines.append(f"    {times:3d} x {place}  {code}")
+    moved = sum(r.activation is not None for r in chain.residuals)
+    if moved:
+        lines.append(f"    the activation behind the addition moved: {moved} of {len(chain)}")
+    scaled = sum(r.skip_scale != 1 for r in chain.residuals)
+    if scaled:
+        lines.append(f"    constant scale on the skip, folded into the coupling: {scaled}")
+    sides = sorted({name for r in chain.residuals for name in r.side_inputs})
+    if sides:
+        lines.append(f"    side inputs: {shorten(sides)}")
+    if chain.taps:
+        lines.append(f"    read in the middle of the chain: {shorten(chain.taps)}")
+    return lines
+
+
+def render_refusals(refusals: Iterable[Refusal]) -> list[str]:
+    """Refusals of one rule and one source line on one line, with their modules."""
+
+    def key(refusal: Refusal) -> tuple[str, str, str]:
+        return refusal.rule, str(short(refusal.location)), refusal.sentence
+
+    lines = []
+    for (rule, place, sentence), group in groupby(sorted(refusals, key=key), key=key):
+        members = [refusal.location.module or refusal.node for refusal in group]
+        lines.append(f"    {len(members):3d} x {rule} at {place}: {sentence}")
+        lines.append(f"          in {shorten(members)}")
+    return lines
+
+
+def render_misses(misses: tuple[Refusal, ...]) -> list[str]:
+    """What came nearest to a residual when none was found."""
+    if not misses:
+        return ["the graph has no addition of two activations"]
+    lines = ["nearest misses:"]
+    for miss in misses[:MISSES_SHOWN]:
+        lines.append(f"    {miss.node} at {short(miss.location)}: {miss.sentence}")
+    if len(misses) > MISSES_SHOWN:
+        lines.append(f"    and {len(misses) - MISSES_SHOWN} more")
+    return lines
+
+
+def short(location: Location) -> Location:
+    """The location with its file reduced to a name."""
+    return Location(
+        location.module,
+        os.path.basename(location.file),
+        location.line,
+        location.function,
+        location.code,
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """``1 chain``, ``2 chains``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shorten(names: Iterable[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

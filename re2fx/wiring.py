@@ -1,0 +1,65 @@
+"""Where the parts of each chain lie in a rewired graph: names again, never nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .coupling import Coupling
+from .plan import Location
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual in the rewired graph: ``output = coupling.step(current, previous, branch)``.
+
+    Attributes:
+        current: name of the stream state the branch reads, ``p_i``.
+        previous: name of the state before, ``p_{i-1}``.
+        branch: name of the branch's result.
+        output: name of ``p_{i+1}``.
+        coupling: the effective coefficients, constant scales of the residual folded in.
+        location: the addition in the user's code.
+    """
+
+    current: str
+    previous: str
+    branch: str
+    output: str
+    coupling: Coupling
+    location: Location
+
+
+@dataclass(frozen=True)
+class Link:
+    """Shape-only operations between two blocks, applied to both streams.
+
+    Attributes:
+        current, previous: names of the states before.
+        currents, previouses: names of the states after each operation.
+    """
+
+    current: str
+    previous: str
+    currents: tuple[str, ...]
+    previouses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """One chain in the rewired graph: the name of its input and its steps in order."""
+
+    entry: str
+    steps: tuple[Block | Link, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The residuals, links left out."""
+        return tuple(step for step in self.steps if isinstance(step, Block))
+
+    @property
+    def growth(self) -> float:
+        """By how much the inverse of the whole chain amplifies a rounding error, at the most."""
+        total = 1.0
+        for block in self.blocks:
+            total *= max(1.0, block.coupling.growth)
+        return total
