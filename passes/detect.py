@@ -1,12 +1,12 @@
-"""Find every skip-add: an addition whose one operand is an ancestor of all the others.
+r"""Find every skip-add: an addition whose one operand is an ancestor of all the others.
 
     x -------------------.
-     \\                    +  -> add        skip = x, branch = f, region = everything between
+     \                    +  -> add        skip = x, branch = f, region = everything between
       `-- norm -- ... -- f'
 
-Sums of several operands, ``x + a + m`` or ``(a + m) + x``, are one residual with parallel branches.
-A region is found by walking back from the branch and never above the skip, so the cost of a block is
-its length. Nothing is changed.
+Sums of several operands, ``x + a + m`` or ``(a + m) + x``, are one residual with parallel
+branches. A region is found by walking back from the branch and never above the skip, so the cost of
+a block is its length. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def spellings(flow: Flow, add: Node) -> Iterator[tuple[tuple[Term, ...], tuple[N
 
     Only additions that nobody else reads are flattened.
     """
-    terms, inner = operands(flow, add), ()
+    terms = operands(flow, add)
+    inner: tuple[Node, ...] = ()
     while len(terms) >= 2:
         yield terms, inner
         index = next((i for i, t in enumerate(terms) if absorbable(flow, t)), None)
@@ -143,7 +144,9 @@ def classify_other(flow: Flow, add: Node, found: Detection) -> None:
     left, right = (t.value for t in terms)
     if flow.is_constant(left) or flow.is_constant(right):
         found.misses.append(
-            refuse(flow, add, "constant", "one operand is a parameter or a constant, not an activation")
+            refuse(
+                flow, add, "constant", "one operand is a parameter or a constant, not an activation"
+            )
         )
         return
     source = flow.common_source(left, right)
@@ -182,14 +185,9 @@ def not_an_identity(
             )
     skip = min(sides, key=len)
     named = ", ".join(node.name for node in skip[:3]) or source.name
-    return refuse(
-        flow,
-        add,
-        "projection",
-        f"the skip is not an identity: it passes through {named}"
-        if len(skip) <= 3
-        else f"the skip is not an identity: it passes through {len(skip)} operations, first {named}",
-    )
+    through = named if len(skip) <= 3 else f"{len(skip)} operations, first {named}"
+    sentence = f"the skip is not an identity: it passes through {through}"
+    return refuse(flow, add, "projection", sentence)
 
 
 def nearness(miss: Refusal) -> int:

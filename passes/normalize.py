@@ -17,8 +17,8 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from re2fx import ops
+from re2fx.aliases import Aliases
 from re2fx.graph import Flow, copy_graph
-from re2fx.legality import Aliases
 
 
 def normalize(graph: Graph, root: nn.Module) -> Graph:
@@ -28,7 +28,7 @@ def normalize(graph: Graph, root: nn.Module) -> Graph:
         graph: any FX graph; left as it is.
         root: the module its targets are looked up in.
     """
-    new, _ = copy_graph(graph)
+    new = copy_graph(graph)
     read_through_writes(new, root)
     write_adds_out_of_place(new, root)
     new.lint()

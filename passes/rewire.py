@@ -8,7 +8,8 @@
 
 The graph is copied in program order. Inside the branch of residual i the stream value x_i becomes
 p_i; everybody else who reads it (a tap, the end of the chain) gets the readout of (p_i, p_{i-1}).
-Nodes outside the chains are copied as they are.
+Nodes outside the chains are copied as they are. Streams are carried in at least fp32; a branch and
+a reader get them in the dtype of the chain's input, which changes nothing in an fp32 network.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx import ops
-from re2fx.coupling import Coupling, Readout, linear_weights, read
+from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
 from re2fx.wiring import Block, Link, Wiring
@@ -42,6 +43,7 @@ class State:
     """A chain while it is being written."""
 
     start: Node
+    dtype: Node
     pair: Pair
     couplings: list[tuple[Coupling, float]] = field(default_factory=list)
     steps: list[Block | Link] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Reading:
 
     pair: Pair
     start: Node
+    dtype: Node
     weights: tuple[float, float, float]
 
 
@@ -107,7 +110,7 @@ class _Rewirer:
         self.links: dict[Node, Chain] = {}
         self.branches: dict[Node, tuple[Chain, Residual]] = {}
         self.taken_over: set[Node] = set()
-        self.activated: dict[Node, Node] = {}
+        self.branch_inputs: dict[Node, Node] = {}
         for chain in plan.chains:
             self.look_up(chain)
 
@@ -137,15 +140,20 @@ class _Rewirer:
         written = [self.states[chain] for chain in self.plan.chains]
         return self.graph, tuple(Wiring(s.start.name, tuple(s.steps)) for s in written)
 
-    def enter(self, chain: Chain) -> State:
-        """Replicate the chain's input into both streams."""
-        start = self.value(self.flow.by_name[chain.entry])
-        self.states[chain] = State(start, Pair(start, start))
+    def state(self, chain: Chain) -> State:
+        """Where a chain stands; at its beginning the input is replicated into both streams."""
+        if chain not in self.states:
+            entry = self.flow.by_name[chain.entry]
+            value = self.value(entry)
+            dtype = self.emit(entry, lambda x: x.dtype, value)
+            self.recorder.origin = entry
+            start = self.recorder.create_node("call_function", widen, (value,), {})
+            self.states[chain] = State(start, dtype, Pair(start, start))
         return self.states[chain]
 
     def write_step(self, node: Node, chain: Chain, residual: Residual) -> None:
         """``p_{i+1}`` from the two streams and the branch."""
-        state = self.states.get(chain) or self.enter(chain)
+        state = self.state(chain)
         add = self.flow.by_name[residual.add]
         moved = self.flow.by_name[residual.activation] if residual.activation else None
         branch = self.branch_sum(residual)
@@ -202,7 +210,9 @@ class _Rewirer:
     def publish(self, node: Node, state: State, pair: Pair) -> None:
         """From here on ``node`` of the old graph stands for this pair of streams."""
         state.pair = pair
-        self.readings[node] = Reading(pair, state.start, linear_weights(state.couplings))
+        self.readings[node] = Reading(
+            pair, state.start, state.dtype, linear_weights(state.couplings)
+        )
 
     def copy(self, node: Node, given: dict[Node, Node] | None = None) -> Node:
         """Copy a node, each argument as this node should see it, or as given."""
@@ -218,21 +228,23 @@ class _Rewirer:
         source = self.flow.source(value)
         if reader in self.branches:
             chain, residual = self.branches[reader]
-            if source.name == residual.skip and residual is not chain.residuals[0]:
-                return self.branch_input(source, self.states[chain].pair)
+            if source.name == residual.skip:
+                return self.branch_input(self.state(chain))
         if source not in self.readings:
             return self.values[value] if value in self.values else self.values[source]
-        if ops.reads_shape_only(reader):
+        if ops.reads_extent_only(reader):
             return self.readings[source].pair.current
         return self.value(source)
 
-    def branch_input(self, source: Node, pair: Pair) -> Node:
+    def branch_input(self, state: State) -> Node:
         """The stream as its branch reads it."""
-        if pair.activation is None:
-            return pair.current
-        if source not in self.activated:
-            self.activated[source] = self.activate(pair.activation, pair.current, None)
-        return self.activated[source]
+        current, activation = state.pair.current, state.pair.activation
+        if current not in self.branch_inputs:
+            value = self.emit(current, lambda x, dtype: x.to(dtype), current, state.dtype)
+            if activation is not None:
+                value = self.activate(activation, value, None)
+            self.branch_inputs[current] = value
+        return self.branch_inputs[current]
 
     def value(self, source: Node) -> Node:
         """One tensor for a value: itself, or the readout of the two streams it stands for."""
@@ -240,10 +252,13 @@ class _Rewirer:
             reading = self.readings[source]
             value = self.emit(
                 source,
-                lambda p, q, start: read(self.readout, p, q, start, reading.weights),
+                lambda p, q, start, dtype: read(self.readout, p, q, start, reading.weights).to(
+                    dtype
+                ),
                 reading.pair.current,
                 reading.pair.previous,
                 reading.start,
+                reading.dtype,
             )
             if reading.pair.activation is not None:
                 value = self.activate(reading.pair.activation, value, None)

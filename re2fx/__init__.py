@@ -1,0 +1,49 @@
+"""Rewire pretrained residual networks and train them on reconstructed activations.
+
+``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
+the streams of a call.
+"""
+
+from .api import Explanation, explain, transform
+from .coupling import Coupling
+from .errors import (
+    CaptureError,
+    ConditioningError,
+    InputError,
+    ModeMismatchError,
+    NoResidualError,
+    OptionError,
+    Re2fxError,
+    Re2fxWarning,
+    ReplayError,
+    StreamError,
+)
+from .module import RewiredModule
+from .plan import Chain, Location, Plan, Refusal, Residual
+from .runtime import record
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Chain",
+    "ConditioningError",
+    "Coupling",
+    "Explanation",
+    "InputError",
+    "Location",
+    "ModeMismatchError",
+    "NoResidualError",
+    "OptionError",
+    "Plan",
+    "Re2fxError",
+    "Re2fxWarning",
+    "Refusal",
+    "ReplayError",
+    "Residual",
+    "RewiredModule",
+    "StreamError",
+    "explain",
+    "record",
+    "transform",
+]

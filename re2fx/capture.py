@@ -2,9 +2,9 @@
 
 What plain ``symbolic_trace`` gets silently wrong is handled here: it bakes ``self.training`` into
 functional calls (two graphs, one per mode), it loses the backward of a custom
-``autograd.Function`` (its module stays a leaf), it takes the wrong branch at ``if mask is not None``
-(arguments that are not given are fixed to their defaults, and checked at every call), and it leaves
-constants behind on the traced model (they are kept apart).
+``autograd.Function`` (its module stays a leaf), it takes the wrong branch at ``if mask is not
+None`` (arguments that are not given are fixed to their defaults, and checked at every call), and it
+leaves constants behind on the traced model (they are kept apart).
 """
 
 from __future__ import annotations
@@ -200,7 +200,11 @@ class Tracer(fx.Tracer):
         return node
 
     def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -288,9 +292,9 @@ def _warn_of_dissolved_hooks(model: nn.Module, graph: fx.Graph) -> None:
             lost.append(path or "the model itself")
     if lost:
         warnings.warn(
-            f"hooks registered on {', '.join(lost)} will not run in the transformed model: tracing "
-            "dissolved these modules into their operations. Register hooks on their leaves, or pass "
-            "leaves=[...] to keep a module whole.",
+            f"hooks registered on {', '.join(lost)} will not run in the transformed model: "
+            "tracing dissolved these modules into their operations. Register hooks on their "
+            "leaves, or pass leaves=[...] to keep a module whole.",
             Re2fxWarning,
             stacklevel=4,
         )

@@ -17,6 +17,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
+
 from .errors import OptionError
 
 Readout = Literal["mean", "sum"]
@@ -149,3 +151,9 @@ def read(
         return (current + previous) * 0.5
     surplus = weights[0] + weights[1] - weights[2]
     return _accumulate((1.0, current), (1.0, previous), (-surplus, start))
+
+
+def widen(value: torch.Tensor) -> torch.Tensor:
+    """A stream's first state in at least fp32: half precision would drift with depth."""
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value

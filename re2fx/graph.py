@@ -7,6 +7,7 @@ deep the network is.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable
 from functools import cached_property
@@ -116,7 +117,9 @@ class Flow:
                 path.append(node)
         return path
 
-    def passengers(self, region: Iterable[Node], doors: set[Node]) -> tuple[list[Node], Node | None]:
+    def passengers(
+        self, region: Iterable[Node], doors: set[Node]
+    ) -> tuple[list[Node], Node | None]:
         """Nodes that hang off a region and go nowhere, and the first real leak.
 
         Dead tuple elements and ``torch._assert`` on shapes read values of a region without
@@ -199,12 +202,6 @@ def location(node: Node) -> Location:
     return Location(module, *frame) if frame else Location(module)
 
 
-def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
-    """A copy with equal node names, and the map from old to new nodes."""
-    copied = Graph()
-    nodes: dict[Node, Node] = {}
-    output = copied.graph_copy(graph, nodes, return_output_node=True)
-    if output is not None:
-        value, old = output  # type: ignore[misc]
-        nodes[old] = copied.output(value)
-    return copied, nodes
+def copy_graph(graph: Graph) -> Graph:
+    """A copy with equal node names."""
+    return copy.deepcopy(graph)

@@ -32,14 +32,12 @@ class InputSpec:
     Attributes:
         owner: the model's class name, for messages.
         signature: the signature of its forward.
-        structure: the tree of bound arguments; a leaf per slot.
-        slots: what each leaf is.
+        tree: the bound arguments by name, nested as given, with a slot at each leaf.
     """
 
     owner: str
     signature: inspect.Signature
-    structure: pytree.TreeSpec
-    slots: tuple[_Slot, ...]
+    tree: dict[str, Any]
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any = None) -> InputSpec:
@@ -50,33 +48,28 @@ class InputSpec:
         everything else in them is fixed.
         """
         owner = type(model).__name__
-        signature = inspect.signature(model.forward)
+        signature = _plain(inspect.signature(model.forward))
         if example_inputs is None:
-            bound = {
+            tree = {
                 name: _Slot(name) if p.default is p.empty else _Slot(name, p.default, True)
                 for name, p in signature.parameters.items()
                 if p.kind not in _VARIADIC
             }
-            slots, structure = pytree.tree_flatten(bound, lambda leaf: isinstance(leaf, _Slot))
-            return cls(owner, signature, structure, tuple(slots))
-        arguments = _bind(owner, signature, *_split(example_inputs))
-        leaves, structure = pytree.tree_flatten(arguments)
-        paths = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
-        slots = [
-            _Slot(_name(path)) if isinstance(leaf, torch.Tensor) else _Slot(_name(path), leaf, True)
-            for path, leaf in zip(paths, leaves, strict=True)
-        ]
-        return cls(owner, signature, structure, tuple(slots))
+            return cls(owner, signature, tree)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The placeholders, in order."""
-        return tuple(slot.name for slot in self.slots if not slot.is_constant)
+        def slot(path: Any, leaf: Any) -> _Slot:
+            fixed = not isinstance(leaf, torch.Tensor)
+            return _Slot(_name(path), leaf if fixed else None, fixed)
+
+        arguments = _bind(owner, signature, *_split(example_inputs))
+        return cls(owner, signature, pytree.tree_map_with_path(slot, arguments))
 
     def arguments(self, placeholder: Callable[[str], Any]) -> inspect.BoundArguments:
         """The model's arguments, with a placeholder where a tensor goes."""
-        leaves = [s.constant if s.is_constant else placeholder(s.name) for s in self.slots]
-        return _unbind(self.signature, pytree.tree_unflatten(leaves, self.structure))
+        values = pytree.tree_map(
+            lambda s: s.constant if s.is_constant else placeholder(s.name), self.tree
+        )
+        return inspect.BoundArguments(self.signature, values)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The placeholders' values in a call.
@@ -85,15 +78,16 @@ class InputSpec:
             InputError: a structure or a fixed value differs from what was captured.
         """
         arguments = _bind(self.owner, self.signature, args, kwargs)
+        slots, structure = pytree.tree_flatten(self.tree)
         try:
-            leaves = self.structure.flatten_up_to(arguments)
+            leaves = structure.flatten_up_to(arguments)
         except ValueError as error:
             raise InputError(
                 f"{self.owner} was captured with inputs of another structure: {error}. Transform "
                 "the model with example_inputs= of the structure you call it with."
             ) from None
         values = []
-        for slot, leaf in zip(self.slots, leaves, strict=True):
+        for slot, leaf in zip(slots, leaves, strict=True):
             if not slot.is_constant:
                 values.append(leaf)
             elif not _same(leaf, slot.constant):
@@ -102,6 +96,12 @@ class InputSpec:
                     f"another value. Transform it with example_inputs= that hold this argument."
                 )
         return values
+
+
+def _plain(signature: inspect.Signature) -> inspect.Signature:
+    """Without annotations, which need not survive pickling."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return inspect.Signature(parameters)
 
 
 def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,10 +127,6 @@ def _bind(
         for name, value in bound.arguments.items()
         if kinds[name].kind not in _VARIADIC or value
     }
-
-
-def _unbind(signature: inspect.Signature, arguments: dict[str, Any]) -> inspect.BoundArguments:
-    return inspect.BoundArguments(signature, arguments)  # type: ignore[arg-type]
 
 
 def _same(value: Any, constant: Any) -> bool:

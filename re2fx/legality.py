@@ -26,7 +26,7 @@ def escapes(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
 
 
 def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
-    """An in-place write touches the skip, or the branch writes into something that is not its own."""
+    """An in-place write touches the skip, or the branch writes into what is not its own."""
     region = {match.skip.value, *match.region}
     for node in (match.skip.value, *match.region):
         dirty = aliases.dirty_write(node)
@@ -48,8 +48,8 @@ def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | Non
                 flow,
                 match.add,
                 "in-place write",
-                f"{node.name} ({flow.location(node)}) writes in place into {foreign[0].name}, which "
-                "the branch does not own: running the branch again would write twice",
+                f"{node.name} ({flow.location(node)}) writes in place into {foreign[0].name}, "
+                "which the branch does not own: running it again would write twice",
             )
     return None
 

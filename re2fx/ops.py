@@ -16,15 +16,24 @@ from torch import nn
 from torch.fx import Node
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
-_MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+_MULTIPLICATIONS = {
+    operator.mul,
+    operator.imul,
+    torch.mul,
+    torch.multiply,
+    "mul",
+    "mul_",
+    "multiply",
+}
 _DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
 
-_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "layout", "is_cuda", "itemsize"}
-_SHAPE_CALLS = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "get_device",
-    "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full",
+_EXTENT_ATTRIBUTES = {"shape", "ndim", "device", "is_cuda"}
+_EXTENT_CALLS = {"size", "dim", "ndimension", "numel", "nelement", "get_device", torch.numel}
+_SHAPE_ATTRIBUTES = _EXTENT_ATTRIBUTES | {"dtype", "layout", "itemsize"}
+_SHAPE_CALLS = _EXTENT_CALLS | {
+    "stride", "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full",
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like,
-    torch.randn_like, torch.numel, torch.is_tensor, torch.is_floating_point,
+    torch.randn_like, torch.is_tensor, torch.is_floating_point,
 }  # fmt: skip
 _NUMBER_MODULES = {"_operator", "operator", "math", "builtins"}
 
@@ -125,6 +134,13 @@ def reads_shape_only(node: Node) -> bool:
     return _calls(node, _SHAPE_CALLS)
 
 
+def reads_extent_only(node: Node) -> bool:
+    """A use of a tensor that sees its shape or device only, not even its dtype."""
+    if node.op == "call_function" and node.target is getattr:
+        return len(node.args) > 1 and node.args[1] in _EXTENT_ATTRIBUTES
+    return _calls(node, _EXTENT_CALLS)
+
+
 def is_number_op(node: Node) -> bool:
     """Arithmetic that stays in Python numbers when its inputs are, or a ``torch._assert``."""
     if node.op != "call_function" or not callable(node.target):
@@ -194,14 +210,21 @@ def may_alias(node: Node, root: nn.Module) -> bool:
     module = module_of(node, root)
     if module is not None:
         builtin = type(module).__module__.startswith("torch.nn.modules")
-        views = isinstance(module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd))
+        views = isinstance(
+            module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+        )
         return views or not builtin
     if _calls(node, _PERMUTATIONS | _RESHAPES | _OTHER_VIEWS):
         return True
     if node.op == "call_function":
         target: Any = node.target
         owner = getattr(target, "__module__", None) or "torch"
-        return target is F.dropout or owner.split(".")[0] not in ("torch", "_operator", "operator", "math")
+        return target is F.dropout or owner.split(".")[0] not in (
+            "torch",
+            "_operator",
+            "operator",
+            "math",
+        )
     return False
 
 

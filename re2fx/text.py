@@ -12,7 +12,7 @@ MISSES_SHOWN = 5
 
 
 def render_plan(plan: Plan) -> str:
-    """One paragraph per chain, one line per kind of refusal, and the nearest misses if all missed."""
+    """One paragraph per chain, one line per kind of refusal; nearest misses if all missed."""
     lines = [
         f"{count(plan.found, 'skip-add')} found: {plan.rewired} rewired in "
         f"{count(len(plan.chains), 'chain')}, {len(plan.refusals)} refused"
@@ -33,7 +33,9 @@ def render_chain(index: int, chain: Chain) -> list[str]:
     lines = [f"chain {index}: {count(len(chain), 'residual')}, {where or 'the model itself'}"]
     key = sorted({(str(short(r.location)), r.location.code) for r in chain.residuals})
     for place, code in key:
-        times = sum((str(short(r.location)), r.location.code) == (place, code) for r in chain.residuals)
+        times = sum(
+            (str(short(r.location)), r.location.code) == (place, code) for r in chain.residuals
+        )
         lines.append(f"    {times:3d} x {place}  {code}")
     moved = sum(r.activation is not None for r in chain.residuals)
     if moved:
@@ -52,14 +54,17 @@ def render_chain(index: int, chain: Chain) -> list[str]:
 def render_refusals(refusals: Iterable[Refusal]) -> list[str]:
     """Refusals of one rule and one source line on one line, with their modules."""
 
-    def key(refusal: Refusal) -> tuple[str, str, str]:
-        return refusal.rule, str(short(refusal.location)), refusal.sentence
+    def key(refusal: Refusal) -> tuple[str, str]:
+        return refusal.rule, str(short(refusal.location))
 
     lines = []
-    for (rule, place, sentence), group in groupby(sorted(refusals, key=key), key=key):
-        members = [refusal.location.module or refusal.node for refusal in group]
-        lines.append(f"    {len(members):3d} x {rule} at {place}: {sentence}")
-        lines.append(f"          in {shorten(members)}")
+    for (rule, place), group in groupby(sorted(refusals, key=key), key=key):
+        members = list(group)
+        lines.append(
+            f"    {len(members):3d} x {rule} at {place}, in "
+            f"{shorten(r.location.module or r.node for r in members)}"
+        )
+        lines.append(f"          {'such as: ' if len(members) > 1 else ''}{members[0].sentence}")
     return lines
 
 

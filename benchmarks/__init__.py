@@ -1,0 +1,1 @@
+"""Measurements and the demo; run as ``python -m benchmarks.<name>``."""

@@ -1,0 +1,319 @@
+"""Cut a rewired graph into what the eager executor runs: branches, links, and the rest.
+
+    graph                                program
+    p0   = stem(x)                       segment  p0 = stem(x)
+    f0   = mlp(norm(p0))                 enter    chain 0 at p0
+    p1   = p0 + f0                       block    branch(p) = mlp(norm(p))
+    f1   = attn(norm(p1), mask)          block    branch(p, mask) = attn(norm(p), mask)
+    p2   = p0 + f1                       leave    chain 0
+    y    = head((p2 + p1) * 0.5)         segment  y = head((p2 + p1) * 0.5)
+
+The arithmetic of the coupling is the executor's; every other node is run as it is written, by code
+that looks its modules and parameters up on the live root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import nn
+from torch.fx import Graph, Node
+
+from re2fx import ops
+from re2fx.codegen import compile_graph
+from re2fx.graph import Flow
+from re2fx.runtime import (
+    Enter,
+    Leave,
+    Program,
+    Relayout,
+    Reverse,
+    RunBlock,
+    RunLink,
+    Segment,
+    Step,
+)
+from re2fx.wiring import Block, Link, Wiring
+
+
+@dataclass
+class Group:
+    """Nodes that run as one step."""
+
+    chain: int
+    step: Block | Link
+    last: bool
+    first: bool
+    body: list[Node] = field(default_factory=list)
+    ends: list[Node] = field(default_factory=list)
+
+
+def outline(graph: Graph, root: nn.Module, wirings: Sequence[Wiring]) -> Program:
+    """Make the program of the reversible executor.
+
+    Args:
+        graph: the rewired graph; left as it is.
+        root: the module its targets are looked up in.
+        wirings: where its chains lie.
+    """
+    return _Outliner(graph, root, wirings).run()
+
+
+class _Outliner:
+    def __init__(self, graph: Graph, root: nn.Module, wirings: Sequence[Wiring]) -> None:
+        self.flow = Flow(graph, root)
+        self.wirings = wirings
+        self.groups: dict[Node, Group] = {}
+        self.slots: dict[Node, int] = {}
+        self.steps: list[Step] = []
+        self.reads: list[list[Node]] = []
+        self.pending: list[Node] = []
+        for index, wiring in enumerate(wirings):
+            self.collect(index, wiring)
+        self.move_constants_inside()
+        self.position = self.flow.position
+
+    def collect(self, chain: int, wiring: Wiring) -> None:
+        """Assign the nodes of a chain to its steps."""
+        named = self.flow.by_name
+        count = len(wiring.steps)
+        for index, step in enumerate(wiring.steps):
+            group = Group(chain, step, last=index == count - 1, first=index == 0)
+            if isinstance(step, Link):
+                group.ends = [named[name] for name in (*step.currents, *step.previouses)]
+                members = group.ends
+            else:
+                output, branch = named[step.output], named[step.branch]
+                path = self.flow.between(named[step.current], [branch])
+                arithmetic = self.arithmetic(step)
+                hanging, _ = self.flow.passengers(path, set(arithmetic))
+                group.body, group.ends = [*path, *hanging], [output]
+                members = [*group.body, *arithmetic]
+            self.groups.update(dict.fromkeys(members, group))
+
+    def arithmetic(self, step: Block) -> list[Node]:
+        """The nodes that spell the coupling's step."""
+        named = self.flow.by_name
+        inputs = {named[step.current], named[step.previous], named[step.branch]}
+        found: list[Node] = []
+        stack = [named[step.output]]
+        while stack:
+            node = stack.pop()
+            if node not in inputs and node not in found:
+                found.append(node)
+                stack.extend(self.flow.inputs(node))
+        return found
+
+    def move_constants_inside(self) -> None:
+        """What is computed from parameters for one branch alone belongs to that branch."""
+        for node in reversed(self.flow.nodes):
+            if node.op == "get_attr" or not self.flow.is_constant(node):
+                continue
+            if ops.is_inplace(node, self.flow.root):
+                continue
+            owners = {id(self.groups.get(user)) for user in self.flow.users(node)}
+            group = self.groups.get(next(iter(self.flow.users(node)), node))
+            if len(owners) == 1 and group is not None and isinstance(group.step, Block):
+                self.groups[node] = group
+                group.body.append(node)
+
+    def run(self) -> Program:
+        """Order the steps and emit them."""
+        for node in self.flow.nodes:
+            if node.op == "placeholder":
+                self.slot(node)
+        for item in self.order():
+            if isinstance(item, Node):
+                self.pending.append(item)
+            else:
+                self.flush()
+                self.emit_group(item)
+        self.flush()
+        return Program(tuple(self.steps), self.frees(), len(self.slots))
+
+    def order(self) -> Iterable[Node | Group]:
+        """Nodes and groups in an order every one of them can run in, as near as written."""
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        items: dict[int, Node | Group] = {}
+        when: dict[int, int] = {}
+        for node in self.flow.nodes:
+            item: Node | Group = self.groups.get(node, node)
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            key = id(item)
+            items[key] = item
+            graph.add_node(key)
+            if not isinstance(item, Group) or node in item.ends:
+                when[key] = self.position[node]
+            for value in node.all_input_nodes:
+                before: Node | Group = self.groups.get(value, value)
+                if before is not item and value.op not in ("placeholder", "get_attr"):
+                    graph.add_edge(id(before), key)
+        for key in nx.lexicographical_topological_sort(graph, key=when.__getitem__):
+            yield items[key]
+
+    # what a group reads
+
+    def outside(self, nodes: Iterable[Node], given: Iterable[Node]) -> list[Node]:
+        """Values from elsewhere that nodes read, parameters and given ones left out."""
+        nodes = list(nodes)
+        own = {*nodes, *given}
+        return list(
+            dict.fromkeys(
+                value
+                for node in nodes
+                for value in node.all_input_nodes
+                if value not in own and value.op != "get_attr"
+            )
+        )
+
+    def sides(self, group: Group) -> list[Node]:
+        """Side inputs of a block, in a fixed order."""
+        assert isinstance(group.step, Block), "links have sides per operation"
+        return self.outside(group.body, [self.flow.by_name[group.step.current]])
+
+    def link_sides(self, link: Link) -> list[list[Node]]:
+        """Side inputs per operation of a link."""
+        named = self.flow.by_name
+        sources = [link.current, *link.currents]
+        return [
+            self.outside([named[name]], [named[source]])
+            for name, source in zip(link.currents, sources, strict=False)
+        ]
+
+    # emission
+
+    def slot(self, node: Node) -> int:
+        """The slot of a value."""
+        return self.slots.setdefault(node, len(self.slots))
+
+    def emit(self, step: Step, reads: list[Node]) -> None:
+        self.steps.append(step)
+        self.reads.append(reads)
+
+    def emit_group(self, group: Group) -> None:
+        """A block or a link, with the begin and the end of its chain."""
+        if group.first:
+            entry = self.flow.by_name[self.wirings[group.chain].entry]
+            self.emit(Enter(group.chain, self.slot(entry)), [entry])
+        if isinstance(group.step, Link):
+            self.emit_link(group, group.step)
+        else:
+            self.emit_block(group, group.step)
+        if group.last:
+            self.emit(Leave(group.chain), [])
+
+    def emit_block(self, group: Group, step: Block) -> None:
+        current, branch = (self.flow.by_name[name] for name in (step.current, step.branch))
+        sides = self.sides(group)
+        body = sorted(group.body, key=self.position.__getitem__)
+        graph, targets = self.subgraph(body, [current, *sides], branch)
+        name = f"{step.location.module or 'the model'} ({step.location})"
+        function = compile_graph(graph, f"branch {step.branch}")
+        frame = Reverse(function, step.coupling, targets, name)
+        output = self.flow.by_name[step.output]
+        slot = self.slot(output) if self.read_outside(output, group.chain) else None
+        self.emit(RunBlock(group.chain, frame, tuple(map(self.slot, sides)), slot), sides)
+
+    def emit_link(self, group: Group, link: Link) -> None:
+        named = self.flow.by_name
+        operations, reads = [], []
+        sources = [link.current, *link.currents]
+        for name, source, sides in zip(link.currents, sources, self.link_sides(link), strict=False):
+            node = named[name]
+            graph, _ = self.subgraph([node], [named[source], *sides], node)
+            kind = "permute" if ops.permutes(node) else "reshape"
+            kind = "copy" if ops.copies(node) else kind
+            operations.append((kind, compile_graph(graph, f"link {name}"), len(sides)))
+            reads += sides
+        states = [[named[n] for n in names] for names in (link.currents, link.previouses)]
+        slots = [
+            tuple(self.slot(n) if self.read_outside(n, group.chain) else None for n in nodes)
+            for nodes in states
+        ]
+        frame = Relayout(tuple(operations))
+        self.emit(RunLink(group.chain, frame, tuple(map(self.slot, reads)), *slots), reads)
+
+    def read_outside(self, value: Node, chain: int) -> bool:
+        """Whether anybody but the chain itself reads a stream state."""
+        named = self.flow.by_name
+        for user in value.users:
+            group = self.groups.get(user)
+            if group is None or group.chain != chain:
+                return True
+            if isinstance(group.step, Link):
+                own = {group.step.current, group.step.previous}
+                own.update(group.step.currents, group.step.previouses)
+            else:
+                own = {group.step.current, group.step.previous}
+            if value not in {named[name] for name in own}:
+                return True
+        return False
+
+    def flush(self) -> None:
+        """Run the ordinary nodes gathered so far as one segment."""
+        if not self.pending:
+            return
+        nodes, self.pending = self.pending, []
+        inside = set(nodes)
+        results = [
+            node for node in nodes if any(user not in inside for user in node.users)
+        ]  # fmt: skip
+        reads = self.outside(nodes, [])
+        output = next((node for node in nodes if node.op == "output"), None)
+        graph, _ = self.subgraph([n for n in nodes if n.op != "output"], reads, results, output)
+        function = compile_graph(graph, f"segment {len(self.steps)}")
+        outputs = () if output is not None else tuple(map(self.slot, results))
+        self.emit(Segment(function, tuple(map(self.slot, reads)), outputs), reads)
+
+    def subgraph(
+        self,
+        body: Sequence[Node],
+        inputs: Sequence[Node],
+        result: Node | list[Node],
+        output: Node | None = None,
+    ) -> tuple[Graph, tuple[str, ...]]:
+        """A graph of its own for some nodes, and the dotted names it looks up on the root."""
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        for node in inputs:
+            copies[node] = graph.placeholder(node.name)
+        targets: dict[str, None] = {}
+
+        def copied(value: Node) -> Node:
+            if value not in copies:
+                assert value.op == "get_attr", f"{value} is neither an input nor part of the body"
+                copies[value] = graph.node_copy(value)
+                targets[str(value.target)] = None
+            return copies[value]
+
+        for node in body:
+            copies[node] = graph.node_copy(node, copied)
+            if node.op == "call_module":
+                targets[str(node.target)] = None
+        if output is not None:
+            graph.node_copy(output, copied)
+        else:
+            graph.output(copied(result) if isinstance(result, Node) else tuple(map(copied, result)))
+        return graph, tuple(targets)
+
+    def frees(self) -> tuple[tuple[int, ...], ...]:
+        """Per step the slots that are read there for the last time, or never."""
+        last: dict[int, int] = dict.fromkeys(self.slots.values(), 0)
+        for index, (step, reads) in enumerate(zip(self.steps, self.reads, strict=True)):
+            written: list[int | None] = []
+            if isinstance(step, Segment):
+                written += step.outputs
+            elif isinstance(step, RunBlock):
+                written.append(step.output)
+            elif isinstance(step, RunLink):
+                written += (*step.currents, *step.previouses)
+            for slot in (*(self.slots[n] for n in reads), *written):
+                if slot is not None:
+                    last[slot] = index
+        frees: list[list[int]] = [[] for _ in self.steps]
+        for slot, index in last.items():
+            frees[index].append(slot)
+        return tuple(map(tuple, frees))

@@ -1,0 +1,222 @@
+"""The pipeline on one page: capture, normalize, detect, chain, rewire, cleanup."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+
+from .capture import Captured, Leaves, capture
+from .coupling import READOUTS, Coupling, Readout
+from .errors import (
+    ConditioningError,
+    ModeMismatchError,
+    NoResidualError,
+    OptionError,
+    Re2fxWarning,
+)
+from .graph import Flow
+from .module import MEMORIES, Memory, Rewired, RewiredModule
+from .passes.chain import chain
+from .passes.cleanup import cleanup
+from .passes.detect import detect
+from .passes.normalize import normalize
+from .passes.outline import outline
+from .passes.rewire import rewire
+from .plan import Plan
+from .text import count
+from .wiring import Wiring
+
+ACTIVATIONS = ("branch", "stream")
+
+# A chain may lose this share of its streams to rounding before it is refused.
+DRIFT_LIMIT = 1e-2
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rewire; checked before any work is done."""
+
+    coupling: Coupling
+    readout: Readout
+    activation: str
+    memory: Memory
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.coupling, Coupling):
+            raise OptionError(f"coupling={self.coupling!r}: expected a re2fx.Coupling")
+        for name, allowed in (
+            ("readout", READOUTS),
+            ("activation", ACTIVATIONS),
+            ("memory", MEMORIES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                listed = ", ".join(map(repr, allowed))
+                raise OptionError(f"{name}={value!r}: expected one of {listed}")
+        if self.memory == "reversible" and not self.coupling.invertible:
+            raise OptionError(
+                f"coupling={self.coupling}: b = 0 cannot be inverted. Use a coupling with b != 0 "
+                "(Coupling.re2tal() is the default), or memory='store'."
+            )
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    coupling: Coupling | None = None,
+    readout: Readout = "mean",
+    activation: str = "branch",
+    memory: Memory = "reversible",
+    leaves: Leaves = (),
+    strict: bool = False,
+) -> nn.Module:
+    """Rewire a residual network so that its activations can be reconstructed instead of stored.
+
+    Args:
+        model: any module whose forward can be traced; it is not changed, and the result shares its
+            parameters, buffers and submodules.
+        example_inputs: a tuple of positional arguments, a dict of keyword arguments, or one
+            argument; needed for inputs that are lists, tuples or dicts of tensors and for optional
+            arguments that will be given.
+        coupling: how the two streams combine; `Coupling.re2tal` by default.
+        readout: ``"mean"`` of the two streams (Re2TAL's), or ``"sum"``, which keeps the full
+            update.
+        activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
+        memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
+        leaves: module paths or classes to keep whole.
+        strict: raise instead of warn when nothing can be rewired.
+
+    Returns:
+        a `torch.fx.GraphModule` that computes the rewired network, or ``model`` itself, with a
+        warning, if nothing can be rewired.
+
+    Raises:
+        OptionError: an argument has a value it cannot take.
+        CaptureError: the model cannot be traced.
+        ModeMismatchError: train and eval mode would be rewired differently.
+        ConditioningError: the coupling loses too many digits over a chain's depth.
+        NoResidualError: nothing can be rewired, with ``strict=True``.
+    """
+    if isinstance(model, RewiredModule):
+        raise OptionError(f"{type(model).__name__} is rewired already")
+    options = Options(coupling or Coupling.re2tal(), readout, activation, memory)
+    captured = capture(model, example_inputs, leaves)
+    train = rewire_graph(captured.train, model, options)
+    eval_ = rewire_graph(captured.eval, model, options)
+    agree(model, train.plan, eval_.plan)
+    if not train.plan.chains:
+        nothing_rewired(model, train.plan, captured, strict)
+        return model
+    if options.memory == "reversible":
+        check_conditioning(model, train.wirings)
+    return RewiredModule(model, train, eval_, captured.inputs, captured.constants, memory, outline)
+
+
+def make_plan(graph: Graph, model: nn.Module, activation: str = "branch") -> tuple[Flow, Plan]:
+    """What would be done with a captured graph, and the normalised graph it speaks of."""
+    flow = Flow(normalize(graph, model), model)  # one spelling of add, writes as dataflow
+    return flow, chain(flow, detect(flow), activation)  # find skip-adds, group them
+
+
+def rewire_graph(graph: Graph, model: nn.Module, options: Options) -> Rewired:
+    """The passes in their order."""
+    flow, plan = make_plan(graph, model, options.activation)
+    rewired, wirings = rewire(
+        flow, plan, options.coupling, options.readout, options.activation
+    )  # the two-stream form
+    cleanup(rewired)  # dead tuple elements and shape reads
+    return Rewired(rewired, plan, wirings)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What re2fx would do with a model; print it.
+
+    Attributes:
+        name: the model's class.
+        plan: chains, refusals and misses of the train graph.
+        leaves: modules kept whole because tracing into them failed, with the reason.
+    """
+
+    name: str
+    plan: Plan
+    leaves: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.plan}"]
+        for path, reason in self.leaves.items():
+            lines.append(f"kept whole: {path} ({reason})")
+        return "\n".join(lines)
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    activation: str = "branch",
+    leaves: Leaves = (),
+) -> Explanation:
+    """List every skip-add: rewired, or refused and why, with its source line.
+
+    Args:
+        model: any module whose forward can be traced; it is not changed.
+        example_inputs: as for `transform`.
+        activation: as for `transform`.
+        leaves: as for `transform`.
+    """
+    if isinstance(model, RewiredModule):
+        return Explanation(type(model).__name__, model.plan, {})
+    captured = capture(model, example_inputs, leaves)
+    _, plan = make_plan(captured.train, model, activation)
+    return Explanation(type(model).__name__, plan, captured.leaves)
+
+
+def agree(model: nn.Module, train: Plan, eval_: Plan) -> None:
+    """One function in train and in eval mode, or none at all."""
+    if train.signature() == eval_.signature():
+        return
+    for number, (a, b) in enumerate(zip(train.signature(), eval_.signature(), strict=False)):
+        if a != b:
+            detail = f"chain {number} is {a} in train mode and {b} in eval mode"
+            break
+    else:
+        detail = (
+            f"{count(len(train.chains), 'chain')} in train mode, {len(eval_.chains)} in eval mode"
+        )
+    raise ModeMismatchError(
+        f"{type(model).__name__} would be rewired differently in train and in eval mode, which "
+        f"would make two different networks of it: {detail}. Keep the modules that differ whole "
+        "with leaves=[...]."
+    )
+
+
+def check_conditioning(model: nn.Module, wirings: tuple[Wiring, ...]) -> None:
+    """Refuse couplings whose reconstruction would drown in rounding."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    eps = torch.finfo(torch.float64 if dtypes == {torch.float64} else torch.float32).eps
+    for number, wiring in enumerate(wirings):
+        drift, coupling = wiring.growth * eps, wiring.blocks[0].coupling
+        if drift > DRIFT_LIMIT:
+            raise ConditioningError(
+                f"{type(model).__name__}: chain {number} of {len(wiring.blocks)} residuals with "
+                f"coupling {coupling} would reconstruct its input with a relative error of up to "
+                f"{drift:.1g}: rounding grows {coupling.growth:.3g}-fold per block. Use a coupling "
+                "with |b| nearer to 1, or memory='store'."
+            )
+
+
+def nothing_rewired(model: nn.Module, plan: Plan, captured: Captured, strict: bool) -> None:
+    """Say why, as an error or as a warning."""
+    text = (
+        f"nothing in {type(model).__name__} can be rewired; the model is returned unchanged.\n"
+        f"{Explanation(type(model).__name__, plan, captured.leaves)}"
+    )
+    if strict:
+        raise NoResidualError(text)
+    warnings.warn(text, Re2fxWarning, stacklevel=3)

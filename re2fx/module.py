@@ -1,0 +1,210 @@
+"""The rewired network as a module: one plan, and the executor that runs it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from .codegen import compile_graph
+from .errors import OptionError
+from .inputs import InputSpec
+from .plan import Plan
+from .runtime import Program, recording
+from .wiring import Wiring
+
+Memory = Literal["reversible", "store"]
+MEMORIES: tuple[str, ...] = get_args(Memory)
+
+Outline = Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
+
+
+@dataclass(frozen=True)
+class Rewired:
+    """One mode of a network after rewiring: the graph, its plan, and where its chains lie."""
+
+    graph: Graph
+    plan: Plan
+    wirings: tuple[Wiring, ...]
+
+
+class LiveRoot:
+    """What generated code calls ``self``: the given model, and the constants of its graphs."""
+
+    def __init__(self, model: nn.Module, constants: dict[str, torch.Tensor]) -> None:
+        self._model, self._constants = model, constants
+
+    def __getattr__(self, name: str) -> Any:
+        constants = self.__dict__["_constants"]
+        return constants[name] if name in constants else getattr(self.__dict__["_model"], name)
+
+
+class RewiredModule(GraphModule):
+    """A rewired network with the parameters, buffers and submodules of the given model.
+
+    The members are *shared*: what happens to one (``load_state_dict``, ``.to()``, a replaced
+    submodule, ``train()``) happens to the other. ``graph`` is the plain two-stream program of the
+    current mode and ``plan`` says what was rewired. Made by `re2fx.transform`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Rewired,
+        eval: Rewired,
+        inputs: InputSpec,
+        constants: dict[str, torch.Tensor],
+        memory: Memory,
+        outline: Outline,
+    ) -> None:
+        self._rewired = {True: train, False: eval}
+        self._inputs = inputs
+        self._outline = outline
+        self._functions: dict[bool, Callable[..., Any]] = {}
+        self._programs: dict[bool, Program] = {}
+        self._live = LiveRoot(model, constants)
+        super().__init__({}, Graph(), type(model).__name__)
+        # The same dictionaries, not copies of them.
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.memory = memory
+        setattr(type(self), "forward", _with_signature(RewiredModule.forward, inputs.signature))
+        self.recompile()
+
+    @property
+    def plan(self) -> Plan:
+        """What was rewired and what was refused, for the current mode."""
+        return self._rewired[self.training].plan
+
+    @property
+    def memory(self) -> Memory:
+        """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: Memory) -> None:
+        if value not in MEMORIES:
+            raise OptionError(f"memory={value!r}: expected one of {', '.join(map(repr, MEMORIES))}")
+        self._memory = value
+
+    @property
+    def training(self) -> bool:
+        """The mode of the given model: its members' flags and this one never disagree."""
+        return self._live._model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_modules" in self.__dict__:  # nn.Module.__init__ sets a default before it has members
+            self._live._model.training = mode
+
+    def train(self, mode: bool = True) -> RewiredModule:
+        """Set the mode the way the given model does, its own ``train`` included."""
+        self._live._model.train(mode)
+        return self
+
+    @property
+    def graph(self) -> Graph:
+        """The two-stream program of the current mode; after editing it call `recompile`."""
+        return self._rewired[self.training].graph
+
+    @graph.setter
+    def graph(self, graph: Graph) -> None:
+        if self._functions:
+            raise OptionError("the graph of a rewired module cannot be replaced; edit it in place")
+
+    @property
+    def _graph(self) -> Graph:  # type: ignore[override]
+        return self.graph
+
+    @property
+    def code(self) -> str:
+        """The generated Python code of the current mode."""
+        return str(self.graph.python_code("self").src)
+
+    def recompile(self) -> Any:
+        """Generate the code of both modes anew from their graphs."""
+        model = self._live._model
+        for mode, rewired in self._rewired.items() if "_memory" in self.__dict__ else ():
+            self._functions[mode] = compile_graph(rewired.graph, type(model).__name__)
+            self._programs[mode] = self._outline(rewired.graph, model, rewired.wirings)
+        return self.graph.python_code("self")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the rewired network; takes and returns what the given model does."""
+        inputs = self._inputs.flatten(args, kwargs)
+        reverse = self.memory == "reversible" and torch.is_grad_enabled()
+        if reverse or recording():
+            return self._programs[self.training].run(self._live, inputs)
+        return self._functions[self.training](self._live, *inputs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move the graphs' constants along with the members; their dtypes stay."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        constants = self._live._constants
+        for name, value in constants.items():
+            constants[name] = value.to(fn(value).device)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._live._model._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._live._model._load_from_state_dict(*args, **kwargs)
+
+    def _state(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Constructor arguments, and what the user or a library attached afterwards."""
+        arguments = (
+            self._live._model,
+            self._rewired[True],
+            self._rewired[False],
+            self._inputs,
+            self._live._constants,
+            self.memory,
+            self._outline,
+        )
+        extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
+        return arguments, extra
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewiredModule:
+        arguments, extra = copy.deepcopy(self._state(), memo)
+        return _rebuild(arguments, extra)
+
+    def __copy__(self) -> RewiredModule:
+        return _rebuild(*self._state())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._state()
+
+
+_OWN = {
+    "_rewired", "_inputs", "_outline", "_functions", "_programs", "_live", "_memory",
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
+}  # fmt: skip
+
+
+def _rebuild(arguments: tuple[Any, ...], extra: dict[str, Any]) -> RewiredModule:
+    module = RewiredModule(*arguments)
+    module.__dict__.update(extra)
+    return module
+
+
+def _with_signature(function: Callable[..., Any], signature: inspect.Signature) -> Any:
+    """A forward whose signature is the given model's, for those who look it up."""
+
+    def forward(self: RewiredModule, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[this, *signature.parameters.values()]
+    )
+    forward.__doc__ = function.__doc__
+    return forward

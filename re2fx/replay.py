@@ -1,0 +1,181 @@
+"""What a branch's result depends on besides its inputs, remembered so that it can be run again.
+
+Random number generators, autocast, buffers that a forward moves (batch-norm statistics, the power
+iteration of a spectral norm), and the parameters' versions. Everything is put back afterwards: a
+rerun leaves no trace in the global state, in the buffers or in the random stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ReplayError
+
+Version = tuple[str, torch.Tensor, int]
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cache: bool
+
+    @classmethod
+    def now(cls, device_type: str) -> Autocast:
+        """The state as it is."""
+        return cls(
+            device_type,
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    @contextmanager
+    def restored(self, cache: bool) -> Iterator[None]:
+        """Run under this state again, with the weight cache only where gradients are recorded.
+
+        A weight cast without gradients must not reach the cache: a later forward in the same
+        autocast region would find it there and lose the weight's gradient.
+        """
+        wanted = self if cache else Autocast(self.device_type, self.enabled, self.dtype, False)
+        if Autocast.now(self.device_type) == wanted:
+            yield
+            return
+        with torch.autocast(self.device_type, wanted.dtype, wanted.enabled, wanted.cache):
+            yield
+
+
+class Generators:
+    """The states of the default random generators of the CPU and of one other device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.states = self.read()
+
+    def read(self) -> list[torch.Tensor]:
+        """The current states, on the CPU."""
+        states = [torch.get_rng_state()]
+        if self.device.type not in ("cpu", "meta"):
+            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+        return states
+
+    def write(self) -> None:
+        """Set the generators to the remembered states."""
+        torch.set_rng_state(self.states[0])
+        if len(self.states) > 1:
+            torch.get_device_module(self.device).set_rng_state(self.states[1], self.device)
+
+    def moved(self) -> bool:
+        """Whether random numbers were drawn since."""
+        now = self.read()
+        return not all(torch.equal(a, b) for a, b in zip(self.states, now, strict=True))
+
+
+@dataclass
+class Members:
+    """The parameters and buffers that a branch may touch, found on the live root."""
+
+    parameters: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    buffers: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = field(
+        default_factory=list
+    )
+
+    @classmethod
+    def of(cls, root: Any, targets: Iterable[str]) -> Members:
+        """Look up dotted names: whole modules, or single parameters and buffers."""
+        members = cls()
+        for target in targets:
+            owner, name = root, target
+            while "." in name:
+                head, name = name.split(".", 1)
+                owner = getattr(owner, head)
+            value = getattr(owner, name)
+            if isinstance(value, nn.Module):
+                members._add_module(target, value)
+            elif isinstance(value, nn.Parameter):
+                members.parameters.append((target, value))
+            elif isinstance(owner._buffers.get(name), torch.Tensor):
+                members.buffers.append((owner._buffers, name, value))
+        return members
+
+    def _add_module(self, target: str, module: nn.Module) -> None:
+        for inner in module.modules():
+            for name, parameter in inner._parameters.items():
+                if parameter is not None:
+                    self.parameters.append((f"{target}.{name}", parameter))
+            for name, buffer in inner._buffers.items():
+                if buffer is not None:
+                    self.buffers.append((inner._buffers, name, buffer))
+
+
+class Ambient:
+    """The surroundings of one run of a branch.
+
+    Create it before the run and call `settle` after it; `restored` runs the branch again.
+    """
+
+    def __init__(self, root: Any, targets: Iterable[str], device: torch.device) -> None:
+        kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
+        self.autocasts = [Autocast.now(kind) for kind in kinds]
+        self.generators: Generators | None = Generators(device)
+        self.device = device
+        self.members = Members.of(root, targets)
+        self.versions: list[Version] = [(n, p, p._version) for n, p in self.members.parameters]
+        self._before = [(b.clone(), b._version) for _, _, b in self.members.buffers]
+        self.earlier: dict[tuple[int, str], torch.Tensor] = {}
+
+    def settle(self) -> None:
+        """Forget what the run did not change."""
+        if self.generators is not None and not self.generators.moved():
+            self.generators = None
+        for (owner, name, buffer), (copy, version) in zip(
+            self.members.buffers, self._before, strict=True
+        ):
+            if owner[name] is not buffer or buffer._version != version:
+                self.earlier[id(owner), name] = copy
+        self._before = []
+
+    def check_versions(self, where: str) -> None:
+        """Refuse to rerun with parameters that were changed in place since.
+
+        Raises:
+            ReplayError: names the parameter; stored execution rejects most such changes too.
+        """
+        for name, parameter, version in self.versions:
+            if parameter._version != version:
+                raise ReplayError(
+                    f"{where}: the parameter {name} was changed in place between the forward and "
+                    "the backward, so the branch cannot be run again. Call backward before "
+                    "optimizer.step(), or use memory='store'."
+                )
+
+    @contextmanager
+    def restored(self, record: bool) -> Iterator[None]:
+        """Put the surroundings back for a rerun, and undo all it does to them."""
+        now = Generators(self.device)
+        swapped: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
+        with ExitStack() as stack:
+            for autocast in self.autocasts:
+                stack.enter_context(autocast.restored(cache=autocast.cache and record))
+            try:
+                for owner, name, _ in self.members.buffers:
+                    current = owner[name]
+                    swapped.append((owner, name, current))
+                    earlier = self.earlier.get((id(owner), name), current)
+                    owner[name] = earlier.clone() if earlier is not None else None
+                if self.generators is not None:
+                    self.generators.write()
+                yield
+            finally:
+                for owner, name, value in swapped:
+                    owner[name] = value
+                now.write()

@@ -1,0 +1,505 @@
+"""The reversible executor: a checkpoint that never saves its input.
+
+The forward builds the ordinary autograd graph, but under saved-tensor hooks: whatever a branch
+wants to keep for its backward is dropped and replaced by a handle. After the chain only its last
+two stream states are kept, detached::
+
+    forward, block i     remember RNG, autocast, buffers;  under hooks  f = F_i(p_i)
+                         p_{i+1} = a p_i + b p_{i-1} + c f
+
+The first handle of block i that the backward asks for brings the block back::
+
+    unpack in block i    walk to the pair (p_{i+1}, p_i), which block i+1 left behind;
+                         run f = F_i(p_i) again, collecting what it saves;
+                         leave behind p_{i-1} = (p_{i+1} - a p_i - c f) / b
+
+One rerun serves both the inversion and the gradient. Because the graph is the ordinary one, hooks,
+shared weights, DDP, FSDP, partial and double backward work as they do without re2fx.
+
+Invariants:
+    - Handles hold the call, the call holds the frames, and nothing points back: the autograd graph
+      owns everything, and it all goes when the graph goes.
+    - What a frame or a rerun keeps is detached at once. A collected tensor's ``grad_fn`` would hold
+      the hooks, which hold the tensor: a cycle no garbage collector sees.
+    - State of a backward lives under the id of its graph task and ends with it, so a second
+      backward, or one in another thread, walks on its own.
+
+Not optimal: unpacking blocks in forward order (as double backward does) walks from the end again
+for each; the last two states stay alive until the graph is freed.
+
+After Gomez et al., The Reversible Residual Network (2017), and torch.utils.checkpoint's
+non-reentrant form, whose frame and holder design this follows. No FX in here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .coupling import Coupling
+from .errors import ReplayError, StreamError
+from .replay import Ambient
+
+Function = Callable[..., Any]
+Meta = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """A block of a chain: what to run, and how to undo it.
+
+    Attributes:
+        branch: ``branch(root, p, *sides) -> f``.
+        coupling: the effective coefficients.
+        targets: dotted names of the modules, parameters and buffers the branch uses.
+        name: the source line of the residual, for messages.
+    """
+
+    branch: Function
+    coupling: Coupling
+    targets: tuple[str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """Shape-only operations between two blocks.
+
+    Attributes:
+        operations: per operation what undoes it (``"permute"``, ``"reshape"`` or ``"copy"``), the
+            function ``(root, stream, *sides)``, and how many sides it takes.
+    """
+
+    operations: tuple[tuple[str, Function, int], ...]
+
+
+Frame = Reverse | Relayout
+
+
+class Handle:
+    """Stands in the autograd graph for a tensor that was not saved."""
+
+    __slots__ = ("block", "call", "slot")
+
+    def __init__(self, call: ChainCall, block: int, slot: int) -> None:
+        self.call, self.block, self.slot = call, block, slot
+
+
+def _unpack(packed: Any) -> torch.Tensor:
+    return packed.call.unpack(packed.block, packed.slot) if type(packed) is Handle else packed
+
+
+def _meta(tensor: torch.Tensor) -> Meta:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+@dataclass
+class Record:
+    """What one frame of one call remembers."""
+
+    frame: Frame
+    sides: list[tuple[Any, bool, int]]
+    ambient: Ambient | None = None
+    needs_grad: bool = False
+    saved: list[Meta] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+
+
+@dataclass
+class Walk:
+    """How far one backward has walked: the pair in front of record ``front``."""
+
+    front: int
+    current: torch.Tensor
+    previous: torch.Tensor | None
+    saved: dict[int, dict[int, tuple[torch.Tensor, int]]] = field(default_factory=dict)
+
+
+class ChainCall:
+    """One forward call of one chain.
+
+    Attributes:
+        records: per block and link what is needed to run it again.
+        output: the last two stream states ``(p_n, p_{n-1})``, detached; set by `leave`.
+    """
+
+    def __init__(self, root: Any, start: torch.Tensor) -> None:
+        self.root = root
+        self.records: list[Record] = []
+        self.output: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._streams: tuple[torch.Tensor, torch.Tensor] | None = (start, start)
+        self._walks: dict[int, Walk] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def streams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The current ``(p_i, p_{i-1})`` of a call that has not ended."""
+        assert self._streams is not None, "the chain has ended"
+        return self._streams
+
+    # forward
+
+    def block(self, frame: Reverse, sides: Sequence[Any]) -> torch.Tensor:
+        """Run one block and return ``p_{i+1}``."""
+        current, previous = self.streams
+        index = len(self.records)
+        record = Record(frame, _remember(sides), needs_grad=current.requires_grad)
+        record.ambient = Ambient(self.root, frame.targets, current.device)
+        self.records.append(record)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            record.saved.append(_meta(tensor))
+            return Handle(self, index, len(record.saved) - 1)
+
+        with saved_tensors_hooks(pack, _unpack):
+            branch = frame.branch(self.root, current, *sides)
+        record.ambient.settle()
+        following: torch.Tensor = frame.coupling.step(current, previous, branch)
+        if following.shape != current.shape or following.dtype != current.dtype:
+            raise StreamError(
+                f"{frame.name}: the residual turns a stream of {tuple(current.shape)} "
+                f"{current.dtype} into {tuple(following.shape)} {following.dtype}; a reversible "
+                "stream keeps its shape and type. Keep this block out of the chain, or use "
+                "memory='store'."
+            )
+        self._streams = (following, current)
+        return following
+
+    def relayout(
+        self, frame: Relayout, sides: Sequence[Any]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Apply shape-only operations to both streams; return the states after each."""
+        record = Record(frame, [])
+        self.records.append(record)
+        current, previous = self.streams
+        currents, previouses = [], []
+        for _, function, number in frame.operations:
+            own, sides = sides[:number], sides[number:]
+            record.shapes.append(current.shape)
+            current, previous = (function(self.root, p, *own) for p in (current, previous))
+            currents.append(current)
+            previouses.append(previous)
+        self._streams = (current, previous)
+        return currents, previouses
+
+    def leave(self) -> None:
+        """End the forward: keep the last two stream states and nothing else."""
+        current, previous = self.streams
+        self.output = (current.detach(), previous.detach())
+        self._streams = None
+
+    # backward
+
+    def unpack(self, block: int, slot: int) -> torch.Tensor:
+        """The tensor a branch would have saved; brings its block back if need be."""
+        task = torch._C._current_graph_task_id()
+        with self._lock:
+            walk = self._walk_of(task)
+            if slot not in walk.saved.get(block, ()):
+                self._bring_back(walk, block)
+            tensor, version = walk.saved[block].pop(slot)
+        if tensor._version != version:
+            raise ReplayError(
+                f"{self._name(block)}: one of the variables needed for gradient computation has "
+                f"been modified by an inplace operation in the branch: a tensor of "
+                f"{tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
+            )
+        return tensor
+
+    def reconstruct(self) -> torch.Tensor:
+        """The chain's input, from its output alone.
+
+        Returns:
+            a detached tensor of the stream's shape and dtype, equal to the input up to rounding.
+        """
+        with self._lock, torch.no_grad():
+            walk = self._start()
+            while walk.front > 1:
+                self._step_back(walk, collect=False)
+            assert walk.previous is not None, "only the first block has nothing before it"
+            return walk.previous
+
+    def _start(self) -> Walk:
+        if self.output is None:
+            raise ReplayError(
+                "a gradient was asked for inside the forward of a chain that has not ended; use "
+                "memory='store' for models that differentiate inside their forward"
+            )
+        return Walk(len(self.records), *self.output)
+
+    def _walk_of(self, task: int) -> Walk:
+        """The walk of the running backward; one of its own for an access outside of any."""
+        if task == -1:
+            return self._start()
+        if task not in self._walks:
+            self._walks[task] = self._start()
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._forget, task))
+        return self._walks[task]
+
+    def _forget(self, task: int) -> None:
+        self._walks.pop(task, None)
+
+    def _bring_back(self, walk: Walk, block: int) -> None:
+        """Walk to a block and collect what it saves, from the end again if it was passed."""
+        if walk.front <= block:
+            fresh = self._start()
+            walk.front, walk.current, walk.previous = fresh.front, fresh.current, fresh.previous
+        with torch.no_grad():
+            while walk.front > block + 1:
+                self._step_back(walk, collect=False)
+            self._step_back(walk, collect=True)
+
+    def _step_back(self, walk: Walk, collect: bool) -> None:
+        """From the pair behind a record to the pair before it."""
+        walk.front -= 1
+        record = self.records[walk.front]
+        current, previous = walk.current, walk.previous
+        assert previous is not None, "nothing lies before the first block"
+        if isinstance(record.frame, Relayout):
+            walk.current = _undo(record, self.root, current)
+            walk.previous = _undo(record, self.root, previous)
+            return
+        # Autograd runs later blocks first, so what they collected and nobody asked for can go.
+        walk.saved = {}
+        branch = self._rerun(walk, record, previous, collect)
+        first = walk.front == 0
+        walk.current = previous
+        walk.previous = None if first else record.frame.coupling.inverse(current, previous, branch)
+
+    def _rerun(
+        self, walk: Walk, record: Record, stream: torch.Tensor, collect: bool
+    ) -> torch.Tensor:
+        """Run a branch again on its reconstructed input; collect what it saves if asked to."""
+        assert record.ambient is not None, "only links have no surroundings"
+        name = self._name(walk.front)
+        record.ambient.check_versions(name)
+        sides = _recall(record.sides, name)
+        frame = record.frame
+        assert isinstance(frame, Reverse), "only blocks have a branch"
+        stream = stream.detach().requires_grad_(record.needs_grad and collect)
+        if not collect:
+            with record.ambient.restored(record=False), torch.no_grad():
+                result: torch.Tensor = frame.branch(self.root, stream, *sides)
+                return result
+        collected: dict[int, tuple[torch.Tensor, int]] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+            tensor = tensor.detach()
+            collected[len(collected)] = (tensor, tensor._version)
+            return tensor
+
+        with (
+            record.ambient.restored(record=True),
+            torch.enable_grad(),
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            branch: torch.Tensor = frame.branch(self.root, stream, *sides)
+        _compare(record, collected, name)
+        walk.saved = {walk.front: collected}
+        return branch.detach()
+
+    def _name(self, index: int) -> str:
+        frame = self.records[index].frame
+        return frame.name if isinstance(frame, Reverse) else "a shape-only link"
+
+
+def _remember(sides: Sequence[Any]) -> list[tuple[Any, bool, int]]:
+    """Side inputs as a frame keeps them: detached, with whether they need a gradient."""
+    return [
+        (s.detach(), s.requires_grad, s._version) if isinstance(s, torch.Tensor) else (s, False, 0)
+        for s in sides
+    ]
+
+
+def _recall(sides: list[tuple[Any, bool, int]], name: str) -> list[Any]:
+    """Side inputs for a rerun."""
+    values = []
+    for value, needs_grad, version in sides:
+        if isinstance(value, torch.Tensor):
+            if value._version != version:
+                raise ReplayError(
+                    f"{name}: a side input of {tuple(value.shape)} was changed in place between "
+                    "the forward and the backward, so the branch cannot be run again"
+                )
+            value = value.detach().requires_grad_(needs_grad)
+        values.append(value)
+    return values
+
+
+def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], name: str) -> None:
+    """A rerun must save what the first run saved."""
+    again = [_meta(tensor) for tensor, _ in collected.values()]
+    if again != record.saved:
+        raise ReplayError(
+            f"{name}: the branch saved {len(record.saved)} tensors in the forward and "
+            f"{len(again)} other ones when it was run again: it is not deterministic (does it read "
+            "something that changes between calls?). Use memory='store' or make it deterministic."
+        )
+
+
+def _undo(record: Record, root: Any, stream: torch.Tensor) -> torch.Tensor:
+    """The inverse of shape-only operations, from the shapes seen on the way."""
+    assert isinstance(record.frame, Relayout), "only links are undone by shape"
+    for (kind, function, _), shape in zip(
+        reversed(record.frame.operations), reversed(record.shapes), strict=True
+    ):
+        if kind == "permute":
+            # Dimensions of distinct sizes show where each one went.
+            probe = torch.empty(tuple(range(1, len(shape) + 1)), device="meta")
+            order = [size - 1 for size in function(root, probe).shape]
+            stream = stream.permute([order.index(d) for d in range(len(shape))])
+        elif kind == "reshape":
+            stream = stream.reshape(shape)
+    return stream
+
+
+# The program: what `forward` interprets.
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Ordinary nodes, run as compiled code: ``outputs = function(root, *inputs)``."""
+
+    function: Function
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A chain begins with the value in slot ``start``."""
+
+    chain: int
+    start: int
+
+
+@dataclass(frozen=True)
+class RunBlock:
+    """One block; its result goes to slot ``output`` if anybody reads it."""
+
+    chain: int
+    frame: Reverse
+    sides: tuple[int, ...]
+    output: int | None
+
+
+@dataclass(frozen=True)
+class RunLink:
+    """Shape-only operations; slots for the states of both streams after each, where read."""
+
+    chain: int
+    frame: Relayout
+    sides: tuple[int, ...]
+    currents: tuple[int | None, ...]
+    previouses: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A chain ends."""
+
+    chain: int
+
+
+Step = Segment | Enter | RunBlock | RunLink | Leave
+
+
+@dataclass(frozen=True)
+class Program:
+    """A straight line of steps over numbered slots; the first slots are the inputs.
+
+    Attributes:
+        steps: in order; the last is a segment that returns the model's output.
+        frees: per step, the slots nobody reads afterwards.
+        slots: how many there are.
+    """
+
+    steps: tuple[Step, ...]
+    frees: tuple[tuple[int, ...], ...]
+    slots: int
+
+    def run(self, root: Any, inputs: Sequence[Any]) -> Any:
+        """Run all steps; return what the last one returns."""
+        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
+        calls: dict[int, ChainCall] = {}
+        result: Any = None
+        for step, frees in zip(self.steps, self.frees, strict=True):
+            result = self._do(step, root, values, calls)
+            for slot in frees:
+                values[slot] = None
+        return result
+
+    def _do(self, step: Step, root: Any, values: list[Any], calls: dict[int, ChainCall]) -> Any:
+        if isinstance(step, Segment):
+            outputs = step.function(root, *[values[slot] for slot in step.inputs])
+            for slot, value in zip(step.outputs, outputs if step.outputs else (), strict=True):
+                values[slot] = value
+            return outputs
+        if isinstance(step, Enter):
+            calls[step.chain] = ChainCall(root, values[step.start])
+            return None
+        call = calls[step.chain]
+        if isinstance(step, Leave):
+            call.leave()
+            _note(calls.pop(step.chain))
+            return None
+        sides = [values[slot] for slot in step.sides]
+        if isinstance(step, RunBlock):
+            output = call.block(step.frame, sides)
+            if step.output is not None:
+                values[step.output] = output
+            return None
+        for slots, states in zip(
+            (step.currents, step.previouses), call.relayout(step.frame, sides), strict=True
+        ):
+            for place, state in zip(slots, states, strict=True):
+                if place is not None:
+                    values[place] = state
+        return None
+
+
+_recording: ContextVar[list[ChainCall] | None] = ContextVar("re2fx_recording", default=None)
+
+
+def _note(call: ChainCall) -> None:
+    calls = _recording.get()
+    if calls is not None:
+        calls.append(call)
+
+
+def recording() -> bool:
+    """Whether chain calls are being recorded in this context."""
+    return _recording.get() is not None
+
+
+@contextmanager
+def record() -> Iterator[list[ChainCall]]:
+    """Record every chain call made inside the block, in the order the chains end.
+
+    Each call gives the chain's last two stream states (``call.output``) and the chain's input
+    reconstructed from them (``call.reconstruct()``)::
+
+        with re2fx.record() as calls:
+            rev(x)
+        calls[0].reconstruct()
+    """
+    calls: list[ChainCall] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
