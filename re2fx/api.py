@@ -6,14 +6,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Graph
 
 from .capture import Captured, Leaves, capture
 from .coupling import READOUTS, Coupling, Readout
 from .errors import (
-    ConditioningError,
     ModeMismatchError,
     NoResidualError,
     OptionError,
@@ -29,12 +27,8 @@ from .passes.outline import outline
 from .passes.rewire import rewire
 from .plan import Plan
 from .text import count
-from .wiring import Wiring
 
 ACTIVATIONS = ("branch", "stream")
-
-# A chain may lose this share of its streams to rounding before it is refused.
-DRIFT_LIMIT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -113,8 +107,6 @@ def transform(
     if not train.plan.chains:
         nothing_rewired(model, train.plan, captured, strict)
         return model
-    if options.memory == "reversible":
-        check_conditioning(model, train.wirings)
     return RewiredModule(model, train, eval_, captured.inputs, captured.constants, memory, outline)
 
 
@@ -194,21 +186,6 @@ def agree(model: nn.Module, train: Plan, eval_: Plan) -> None:
         f"would make two different networks of it: {detail}. Keep the modules that differ whole "
         "with leaves=[...]."
     )
-
-
-def check_conditioning(model: nn.Module, wirings: tuple[Wiring, ...]) -> None:
-    """Refuse couplings whose reconstruction would drown in rounding."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    eps = torch.finfo(torch.float64 if dtypes == {torch.float64} else torch.float32).eps
-    for number, wiring in enumerate(wirings):
-        drift, coupling = wiring.growth * eps, wiring.blocks[0].coupling
-        if drift > DRIFT_LIMIT:
-            raise ConditioningError(
-                f"{type(model).__name__}: chain {number} of {len(wiring.blocks)} residuals with "
-                f"coupling {coupling} would reconstruct its input with a relative error of up to "
-                f"{drift:.1g}: rounding grows {coupling.growth:.3g}-fold per block. Use a coupling "
-                "with |b| nearer to 1, or memory='store'."
-            )
 
 
 def nothing_rewired(model: nn.Module, plan: Plan, captured: Captured, strict: bool) -> None:

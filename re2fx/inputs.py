@@ -18,11 +18,19 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True)
 class _Slot:
-    """One leaf of the inputs: a placeholder with a name, or a constant."""
+    """One leaf of the inputs: a placeholder with a name, or a constant.
+
+    Attributes:
+        name: for messages, and of the placeholder.
+        constant: the fixed value.
+        is_constant: whether it is fixed.
+        is_tensor: whether an example showed that it is a tensor.
+    """
 
     name: str
     constant: Any = None
     is_constant: bool = False
+    is_tensor: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class InputSpec:
 
         def slot(path: Any, leaf: Any) -> _Slot:
             fixed = not isinstance(leaf, torch.Tensor)
-            return _Slot(_name(path), leaf if fixed else None, fixed)
+            return _Slot(_name(path), leaf if fixed else None, fixed, not fixed)
 
         arguments = _bind(owner, signature, *_split(example_inputs))
         return cls(owner, signature, pytree.tree_map_with_path(slot, arguments))
@@ -88,6 +96,11 @@ class InputSpec:
             ) from None
         values = []
         for slot, leaf in zip(slots, leaves, strict=True):
+            if slot.is_tensor and not isinstance(leaf, torch.Tensor):
+                raise InputError(
+                    f"{self.owner} was captured with a tensor for {slot.name} and called with "
+                    f"{leaf!r}. Transform it with example_inputs= as you call it."
+                )
             if not slot.is_constant:
                 values.append(leaf)
             elif not _same(leaf, slot.constant):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from .codegen import compile_graph
+from .conditioning import check_conditioning
 from .errors import OptionError
 from .inputs import InputSpec
 from .plan import Plan
@@ -93,6 +94,9 @@ class RewiredModule(GraphModule):
     def memory(self, value: Memory) -> None:
         if value not in MEMORIES:
             raise OptionError(f"memory={value!r}: expected one of {', '.join(map(repr, MEMORIES))}")
+        if value == "reversible":
+            for rewired in self._rewired.values():
+                check_conditioning(self._live._model, rewired.wirings)
         self._memory = value
 
     @property

@@ -1,0 +1,42 @@
+# make demo    set up and run the main job on real data
+# make test    set up, lint, check types and run the tests
+# make bench   set up and run every benchmark (about 25 minutes on two cores), render the results
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test bench render format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(JOBS) -q
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.depth
+	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.render
+
+render: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.render
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch first and pinned, so that nothing else asks for its newest build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,bench,zoo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

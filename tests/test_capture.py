@@ -1,0 +1,197 @@
+"""Symbolic capture: inputs in their structures, live leaves, nothing left on the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import re2fx
+from re2fx.capture import capture
+
+from .compare import assert_reversible_equals_store
+from .models import Block, Net
+
+
+class Double(torch.autograd.Function):
+    """y = 2x with a deliberately odd gradient of 5."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 5 * grads[0]
+
+
+class Custom(nn.Module):
+    """Applies a custom function between two children, so it is no leaf by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(Double.apply(self.a(x)))
+        return out
+
+
+class CustomBlock(Block):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(width, dropout)
+        self.custom = Custom(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.custom(self.norm(x))
+
+
+def test_the_backward_of_a_custom_function_is_kept() -> None:
+    model = Net(block=CustomBlock, depth=1).double()
+    with pytest.warns(re2fx.Re2fxWarning, match=r"kept whole: blocks.0.custom \(it applies the"):
+        re2fx.transform(model)
+    model = Net(block=CustomBlock, depth=2).double()
+    rev = re2fx.transform(model, coupling=re2fx.Coupling.original(), memory="store")
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def gradient(module: nn.Module) -> Tensor:
+        module.zero_grad()
+        with re2fx.record() as calls:
+            module(x)
+        del calls
+        module(x).sum().backward()
+        grad = module.get_parameter("blocks.0.custom.a.bias").grad
+        assert grad is not None
+        return grad.clone()
+
+    # The only path from this bias to the output goes through Double, so losing its backward would
+    # show as a factor of 2.5.
+    stem, block = model.stem(x), model.blocks[0]
+    f = block.custom(block.norm(stem))  # type: ignore[union-attr,operator]
+    model.zero_grad()
+    f.sum().backward()
+    direct = model.get_parameter("blocks.0.custom.a.bias").grad
+    assert direct is not None
+    torch.testing.assert_close(
+        direct, 5 * (model.get_parameter("blocks.0.custom.b.weight").sum(0) * 3)
+    )
+    assert gradient(rev).abs().sum() > 0
+    rev = re2fx.transform(Net(block=CustomBlock, depth=3).double())
+    assert_reversible_equals_store(rev, x)
+
+
+def test_a_custom_function_in_the_model_itself_is_refused() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.net(Double.apply(x))
+            return out
+
+    with pytest.raises(re2fx.CaptureError, match="custom autograd.Function Double"):
+        re2fx.transform(Root())
+    assert "apply" in vars(torch.autograd.Function)
+    assert Double.apply(torch.ones(1)).item() == 2
+
+
+class Clips(nn.Module):
+    """Takes a list of clips, a dict and an optional mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow, self.fast = Net(), Net()
+
+    def forward(
+        self, clips: list[Tensor], extra: dict[str, Tensor], mask: Tensor | None = None
+    ) -> dict[str, Any]:
+        assert isinstance(clips, list)
+        assert isinstance(extra, dict)
+        slow, fast = self.slow(clips[0]), self.fast(clips[1])
+        if mask is not None:
+            slow = slow * mask
+        return {"out": (slow, fast + extra["bias"])}
+
+
+def clips() -> tuple[list[Tensor], dict[str, Tensor]]:
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    return [x[0], x[1]], {"bias": torch.randn(3, dtype=torch.float64)}
+
+
+def test_real_structures() -> None:
+    rev = re2fx.transform(Clips().double(), clips())
+    a, b = clips()
+    out = rev(a, extra=b)
+    assert isinstance(out["out"], tuple)
+    assert_reversible_equals_store(rev, a, b)
+    names = [node.name for node in rev.graph.nodes if node.op == "placeholder"]
+    assert names == ["clips_0", "clips_1", "extra_bias"]
+
+
+def test_optional_arguments_are_fixed_or_captured() -> None:
+    a, b = clips()
+    mask = torch.randn(3, 3, dtype=torch.float64)
+    rev = re2fx.transform(Clips().double(), (a, b))
+    with pytest.raises(re2fx.InputError, match="mask=None and called with another value"):
+        rev(a, b, mask)
+    masked = re2fx.transform(Clips().double(), {"clips": a, "extra": b, "mask": mask})
+    assert_reversible_equals_store(masked, a, b, mask)
+    with pytest.raises(re2fx.InputError, match="a tensor for mask and called with None"):
+        masked(a, b)
+
+
+def test_wrong_inputs_are_named() -> None:
+    rev = re2fx.transform(Clips().double(), clips())
+    a, b = clips()
+    with pytest.raises(re2fx.InputError, match="another structure"):
+        rev([*a, a[0]], b)
+    with pytest.raises(re2fx.InputError, match="another structure"):
+        rev(tuple(a), b)
+    with pytest.raises(re2fx.InputError, match="missing a required argument"):
+        rev(a)
+    with pytest.raises(re2fx.CaptureError, match="example_inputs="):
+        re2fx.transform(Clips())
+
+
+def test_source_lines_are_recorded() -> None:
+    captured = capture(Net())
+    add = next(node for node in captured.train.nodes if node.name == "add")
+    assert add.meta["source_line"][0].endswith("models.py")
+    assert add.meta["source_line"][3].startswith("return x + self.outer")
+    assert "models.py" in add.meta["stack_trace"]
+
+
+class Noisy(nn.Module):
+    """A childless module that asks for its training flag."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+def test_childless_modules_with_a_mode_stay_live() -> None:
+    class NoisyBlock(Block):
+        def __init__(self, width: int, dropout: float) -> None:
+            super().__init__(width, dropout)
+            self.noisy = Noisy()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.noisy(self.inner(x)).sum(-1, keepdim=True)
+
+    model = Net(block=NoisyBlock)
+    rev = re2fx.transform(model)
+    x = torch.randn(2, 4)
+    before = rev(x)
+    for block in model.blocks:
+        block.noisy.eval()  # type: ignore[union-attr]
+    assert not torch.allclose(rev(x), before)
+
+
+def test_hooks_that_would_be_lost_are_named() -> None:
+    model = Net()
+    model.blocks[2].register_forward_hook(lambda *_: None)
+    with pytest.warns(re2fx.Re2fxWarning, match=r"hooks registered on blocks\.2 will not run") as w:
+        re2fx.transform(model)
+    assert w[0].filename == __file__
