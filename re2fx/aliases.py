@@ -19,6 +19,7 @@ class Aliases:
         self._parent: dict[Node, Node] = {}
         self._members: dict[Node, list[Node]] = {}
         self._dirty: dict[Node, Node] = {}
+        self._writes: dict[Node, list[Node]] = {}
         for node in flow.nodes:
             self._members[node] = [node]
             if not flow.is_shape(node) and ops.may_alias(node, flow.root):
@@ -46,6 +47,7 @@ class Aliases:
     def _inspect(self, write: Node) -> None:
         """Record the write if a value made before it is read after it."""
         flow, when = self._flow, self._flow.position[write]
+        self._writes.setdefault(self._find(write), []).append(write)
         for node in self.of(write):
             if flow.position[node] >= when or node.op == "get_attr":
                 continue
@@ -63,6 +65,12 @@ class Aliases:
     def dirty_write(self, node: Node) -> Node | None:
         """An in-place write that a later read of the same memory sees, if any."""
         return self._dirty.get(self._find(node))
+
+    def write_after(self, node: Node, when: Node) -> Node | None:
+        """An in-place write into the memory of a value, later in the program than ``when``."""
+        position = self._flow.position
+        writes = self._writes.get(self._find(node), ())
+        return next((write for write in writes if position[write] > position[when]), None)
 
     def functional(self, write: Node) -> bool:
         """Whether an in-place operation may as well be written out of place."""

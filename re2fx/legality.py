@@ -54,8 +54,23 @@ def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | Non
     return None
 
 
+def side_input_written(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """A side input is overwritten after the branch began to read it."""
+    for side in match.side_inputs(flow):
+        write = aliases.write_after(side, match.skip.value)
+        if write is not None:
+            return refuse(
+                flow,
+                match.add,
+                "in-place write",
+                f"{write.name} ({flow.location(write)}) overwrites the side input {side.name}, "
+                "which the branch needs again in the backward",
+            )
+    return None
+
+
 Rule = Callable[[Flow, Match, Aliases], Refusal | None]
-RULES: tuple[Rule, ...] = (escapes, writes_in_place)
+RULES: tuple[Rule, ...] = (escapes, writes_in_place, side_input_written)
 
 
 def first_refusal(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:

@@ -8,7 +8,7 @@ itself and by what Python objects hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .runtime import ChainCall, record
+from .runtime import record
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> Saved:
     seen = {_key(t) for t in (*model.parameters(), *model.buffers())}
     with record() as calls, saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    chains = tuple(_count(_kept_by(call), seen) for call in calls)
+    chains = tuple(_count(call.kept(), seen) for call in calls)
     outside = _count(kept, seen)
     del result
     return Saved(chains, outside)
@@ -69,16 +69,6 @@ def live_bytes(run: Callable[[], Any]) -> int:
     total = sum(event.nbytes() for event in results.events() if event.name() == "[memory]")
     del result
     return int(total)
-
-
-def _kept_by(call: ChainCall) -> Iterator[torch.Tensor]:
-    """Stream states, side inputs, generator states and buffer copies of one chain call."""
-    yield from call.output or ()
-    for frame in call.records:
-        yield from (side for side, _, _ in frame.sides if isinstance(side, torch.Tensor))
-        if frame.ambient is not None:
-            yield from frame.ambient.generators.states if frame.ambient.generators else ()
-            yield from frame.ambient.earlier.values()
 
 
 def _count(tensors: Iterable[torch.Tensor], seen: set[tuple[str, int]]) -> int:

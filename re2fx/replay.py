@@ -17,8 +17,6 @@ from torch import nn
 
 from .errors import ReplayError
 
-Version = tuple[str, torch.Tensor, int]
-
 
 @dataclass(frozen=True)
 class Autocast:
@@ -128,8 +126,9 @@ class Ambient:
         self.autocasts = [Autocast.now(kind) for kind in kinds]
         self.generators: Generators | None = Generators(device)
         self.device = device
-        self.members = Members.of(root, targets)
-        self.versions: list[Version] = [(n, p, p._version) for n, p in self.members.parameters]
+        self._targets = tuple(targets)
+        self.members = Members.of(root, self._targets)
+        self.versions = [parameter._version for _, parameter in self.members.parameters]
         self._before = [(b.clone(), b._version) for _, _, b in self.members.buffers]
         self.earlier: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -144,18 +143,32 @@ class Ambient:
                 self.earlier[id(owner), name] = copy
         self._before = []
 
-    def check_versions(self, where: str) -> None:
-        """Refuse to rerun with parameters that were changed in place since.
+    def check_parameters(self, root: Any, where: str) -> None:
+        """Refuse to rerun with other parameters than the forward had.
 
         Raises:
-            ReplayError: names the parameter; stored execution rejects most such changes too.
+            ReplayError: names the parameter. Stored execution rejects most changes in place too;
+                a replaced parameter would give the gradient of a function that never ran.
         """
-        for name, parameter, version in self.versions:
+        now = Members.of(root, self._targets).parameters
+        remedy = "Call backward before the parameters change, or use memory='store'."
+        for (name, parameter), version in zip(self.members.parameters, self.versions, strict=True):
             if parameter._version != version:
                 raise ReplayError(
                     f"{where}: the parameter {name} was changed in place between the forward and "
-                    "the backward, so the branch cannot be run again. Call backward before "
-                    "optimizer.step(), or use memory='store'."
+                    f"the backward, so the branch cannot be run again. {remedy}"
+                )
+        if [name for name, _ in now] != [name for name, _ in self.members.parameters]:
+            raise ReplayError(
+                f"{where}: a submodule was replaced between the forward and the backward. {remedy}"
+            )
+        for (name, parameter), (_, current) in zip(self.members.parameters, now, strict=True):
+            # Sharded training swaps a sharded tensor class for a plain one and back; that is not
+            # a replacement.
+            if parameter is not current and _is_plain(parameter) == _is_plain(current):
+                raise ReplayError(
+                    f"{where}: the parameter {name} was replaced between the forward and the "
+                    f"backward (functional_call, load_state_dict(assign=True)?). {remedy}"
                 )
 
     @contextmanager
@@ -179,3 +192,7 @@ class Ambient:
                 for owner, name, value in swapped:
                     owner[name] = value
                 now.write()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter)

@@ -44,6 +44,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from .coupling import Coupling
 from .errors import ReplayError, StreamError
@@ -107,7 +108,7 @@ class Record:
     """What one frame of one call remembers."""
 
     frame: Frame
-    sides: list[tuple[Any, bool, int]]
+    sides: list[Any]
     ambient: Ambient | None = None
     needs_grad: bool = False
     saved: list[Meta] = field(default_factory=list)
@@ -192,6 +193,17 @@ class ChainCall:
             previouses.append(previous)
         self._streams = (current, previous)
         return currents, previouses
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Every tensor the call keeps: streams, side inputs, generator states, buffer copies."""
+        yield from self.output or ()
+        for record in self.records:
+            for side in pytree.tree_leaves(record.sides):
+                if isinstance(side, _Side):
+                    yield side.tensor
+            if record.ambient is not None:
+                yield from record.ambient.generators.states if record.ambient.generators else ()
+                yield from record.ambient.earlier.values()
 
     def leave(self) -> None:
         """End the forward: keep the last two stream states and nothing else."""
@@ -284,7 +296,7 @@ class ChainCall:
         """Run a branch again on its reconstructed input; collect what it saves if asked to."""
         assert record.ambient is not None, "only links have no surroundings"
         name = self._name(walk.front)
-        record.ambient.check_versions(name)
+        record.ambient.check_parameters(self.root, name)
         sides = _recall(record.sides, name)
         frame = record.frame
         assert isinstance(frame, Reverse), "only blocks have a branch"
@@ -317,27 +329,41 @@ class ChainCall:
         return frame.name if isinstance(frame, Reverse) else "a shape-only link"
 
 
-def _remember(sides: Sequence[Any]) -> list[tuple[Any, bool, int]]:
-    """Side inputs as a frame keeps them: detached, with whether they need a gradient."""
-    return [
-        (s.detach(), s.requires_grad, s._version) if isinstance(s, torch.Tensor) else (s, False, 0)
-        for s in sides
-    ]
+@dataclass(frozen=True)
+class _Side:
+    """A tensor among the side inputs as a frame keeps it: detached, and not to be changed."""
+
+    tensor: torch.Tensor
+    needs_grad: bool
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Wrap tensors, pass everything else."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return cls(value.detach(), value.requires_grad, value._version)
 
 
-def _recall(sides: list[tuple[Any, bool, int]], name: str) -> list[Any]:
+def _remember(sides: Sequence[Any]) -> list[Any]:
+    """Side inputs, tensors in any nesting of containers wrapped."""
+    return [pytree.tree_map(_Side.of, side) for side in sides]
+
+
+def _recall(sides: list[Any], name: str) -> list[Any]:
     """Side inputs for a rerun."""
-    values = []
-    for value, needs_grad, version in sides:
-        if isinstance(value, torch.Tensor):
-            if value._version != version:
-                raise ReplayError(
-                    f"{name}: a side input of {tuple(value.shape)} was changed in place between "
-                    "the forward and the backward, so the branch cannot be run again"
-                )
-            value = value.detach().requires_grad_(needs_grad)
-        values.append(value)
-    return values
+
+    def value(side: Any) -> Any:
+        if not isinstance(side, _Side):
+            return side
+        if side.tensor._version != side.version:
+            raise ReplayError(
+                f"{name}: a side input of {tuple(side.tensor.shape)} was changed in place between "
+                "the forward and the backward, so the branch cannot be run again"
+            )
+        return side.tensor.detach().requires_grad_(side.needs_grad)
+
+    return [pytree.tree_map(value, side) for side in sides]
 
 
 def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], name: str) -> None:

@@ -358,6 +358,86 @@ def test_parameters_changed_before_the_backward() -> None:
     assert_reversible_equals_store(rev, X)
 
 
+def test_parameters_replaced_before_the_backward() -> None:
+    """Without the check the gradient would be that of a network that never ran."""
+    rev = rewired(Net())
+    other = {name: p.detach() * 2 for name, p in rev.named_parameters()}
+    for p in other.values():
+        p.requires_grad_()
+    loss = torch.func.functional_call(rev, other, (X,)).sum()
+    with pytest.raises(ReplayError, match=r"parameter blocks\.3\.norm\.weight was replaced"):
+        loss.backward()
+    loss = rev(X).sum()
+    rev.get_submodule("blocks.1").inner = nn.Sequential(nn.Linear(8, 16).double())
+    with pytest.raises(ReplayError, match="a submodule was replaced"):
+        loss.backward()
+
+
+def test_functional_call_around_a_whole_step() -> None:
+    rev = rewired(Net())
+    other = {name: (p.detach() * 2).requires_grad_() for name, p in rev.named_parameters()}
+    gradients = []
+    for memory in ("store", "reversible"):
+        rev.memory = memory  # type: ignore[assignment]
+        loss = functional_step(rev, other)
+        gradients.append(loss)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def functional_step(rev: nn.Module, parameters: dict[str, Tensor]) -> list[Tensor]:
+    """Forward and backward while the parameters are swapped in."""
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rev = rev
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return list(torch.autograd.grad(self.rev(x).sum(), list(parameters.values())))
+
+    swapped = {f"rev.{name}": p for name, p in parameters.items()}
+    return torch.func.functional_call(Step(), swapped, (X,))
+
+
+def test_side_inputs_in_containers() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 8))
+
+        def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+            out: Tensor = self.inner(x) * table[0] + table[1]
+            return out
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = Table()
+            self.mix = nn.ModuleList([Rotary() for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.table(x)
+            for mix in self.mix:
+                x = x + mix(x, table)
+            return x
+
+    rev = rewired(Model(), leaves=[Rotary])
+    assert rev.plan.chains[0].residuals[1].side_inputs == ("table",)
+    assert_reversible_equals_store(rev, torch.randn(3, 8, dtype=torch.float64))
+
+
+class Table(nn.Module):
+    """Returns a tuple that needs gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cos(self.scale), torch.sin(self.scale)
+
+
 def test_side_input_changed_before_the_backward() -> None:
     rev = rewired(Masked())
     mask = torch.ones(3, 8, dtype=torch.float64)
