@@ -106,10 +106,10 @@ class Members:
         return members
 
     def _add_module(self, target: str, module: nn.Module) -> None:
-        for inner in module.modules():
+        for path, inner in module.named_modules(prefix=target):
             for name, parameter in inner._parameters.items():
                 if parameter is not None:
-                    self.parameters.append((f"{target}.{name}", parameter))
+                    self.parameters.append((f"{path}.{name}", parameter))
             for name, buffer in inner._buffers.items():
                 if buffer is not None:
                     self.buffers.append((inner._buffers, name, buffer))
