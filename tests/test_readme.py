@@ -1,0 +1,32 @@
+"""The README's examples run, in order, in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 5
+    source = tmp_path / "model.py"
+    source.write_text("\n".join(blocks))
+    exec(compile(source.read_text(), str(source), "exec"), {"__name__": "readme"})
+    shown = capsys.readouterr().out
+    (report,) = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
+    assert re.sub(r"\.py:\d+", ".py", report) in re.sub(r"\.py:\d+", ".py", shown)
+
+
+def test_every_refusal_rule_is_explained() -> None:
+    rules: set[str] = set()
+    root = Path(__file__).parent.parent
+    for path in (*(root / "passes").glob("*.py"), root / "re2fx" / "legality.py"):
+        rules.update(re.findall(r"refuse\(\s*flow,\s*[\w.]+,\s*\"([\w -]+)\"", path.read_text()))
+    misses = {"one operand", "constant", "two sources", "nothing trained"}
+    missing = {rule for rule in rules - misses if f"| {rule} |" not in README}
+    assert not missing
+    assert len(rules) >= 9
