@@ -70,6 +70,7 @@ class RewiredModule(GraphModule):
         self._functions: dict[bool, Callable[..., Any]] = {}
         self._programs: dict[bool, Program] = {}
         self._live = LiveRoot(model, constants)
+        self._lineno_map, self._prologue_start = None, 0  # read by Dynamo
         super().__init__({}, Graph(), type(model).__name__)
         # The same dictionaries, not copies of them.
         self._parameters = model._parameters
@@ -145,7 +146,7 @@ class RewiredModule(GraphModule):
         """Run the rewired network; takes and returns what the given model does."""
         inputs = self._inputs.flatten(args, kwargs)
         reverse = self.memory == "reversible" and torch.is_grad_enabled()
-        if reverse or recording():
+        if (reverse or recording()) and not torch.compiler.is_compiling():
             return self._programs[self.training].run(self._live, inputs)
         return self._functions[self.training](self._live, *inputs)
 
@@ -190,7 +191,7 @@ class RewiredModule(GraphModule):
 
 _OWN = {
     "_rewired", "_inputs", "_outline", "_functions", "_programs", "_live", "_memory",
-    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
+    "_lineno_map", "_prologue_start", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
 }  # fmt: skip
 
 

@@ -250,5 +250,15 @@ def test_an_edited_graph_runs_after_recompile() -> None:
     assert_reversible_equals_store(rev, X.double())
 
 
+def test_under_torch_compile_it_is_correct_and_stores() -> None:
+    rev = rewired(Net().double())
+    expected = step(rev, "reversible", X.double())
+    try:
+        rev.compile(backend="eager", fullgraph=True)
+        assert_same(step(rev, "reversible", X.double()), expected, 1e-11)
+    finally:
+        torch.compiler.reset()
+
+
 def assert_close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b)
