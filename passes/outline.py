@@ -24,17 +24,8 @@ from torch.fx import Graph, Node
 from re2fx import ops
 from re2fx.codegen import compile_graph
 from re2fx.graph import Flow
-from re2fx.runtime import (
-    Enter,
-    Leave,
-    Program,
-    Relayout,
-    Reverse,
-    RunBlock,
-    RunLink,
-    Segment,
-    Step,
-)
+from re2fx.program import Enter, Leave, Program, RunBlock, RunLink, Segment, Step
+from re2fx.runtime import Relayout, Reverse
 from re2fx.wiring import Block, Link, Wiring
 
 

@@ -20,7 +20,7 @@ from .errors import (
 )
 from .module import RewiredModule
 from .plan import Chain, Location, Plan, Refusal, Residual
-from .runtime import record
+from .program import record
 
 __version__ = "0.1.0"
 

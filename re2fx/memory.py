@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .runtime import record
+from .program import record
 
 
 @dataclass(frozen=True)

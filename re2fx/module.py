@@ -17,7 +17,7 @@ from .conditioning import check_conditioning
 from .errors import OptionError
 from .inputs import InputSpec
 from .plan import Plan
-from .runtime import Program, recording
+from .program import Program, recording
 from .wiring import Wiring
 
 Memory = Literal["reversible", "store"]
@@ -191,7 +191,8 @@ class RewiredModule(GraphModule):
 
 _OWN = {
     "_rewired", "_inputs", "_outline", "_functions", "_programs", "_live", "_memory",
-    "_lineno_map", "_prologue_start", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
+    "_lineno_map", "_prologue_start",
 }  # fmt: skip
 
 

@@ -1,0 +1,153 @@
+"""What a rewired module interprets: a straight line of steps over numbered slots.
+
+Ordinary nodes run as compiled segments; chains run block by block through `ChainCall`, so that side
+inputs may be computed from a stream in the middle of a chain. A slot is emptied after its last
+reader. No FX in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from .runtime import ChainCall, Relayout, Reverse
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Ordinary nodes, run as compiled code: ``outputs = function(root, *inputs)``."""
+
+    function: Function
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Enter:
+    """A chain begins with the value in slot ``start``."""
+
+    chain: int
+    start: int
+
+
+@dataclass(frozen=True)
+class RunBlock:
+    """One block; its result goes to slot ``output`` if anybody reads it."""
+
+    chain: int
+    frame: Reverse
+    sides: tuple[int, ...]
+    output: int | None
+
+
+@dataclass(frozen=True)
+class RunLink:
+    """Shape-only operations; slots for the states of both streams after each, where read."""
+
+    chain: int
+    frame: Relayout
+    sides: tuple[int, ...]
+    currents: tuple[int | None, ...]
+    previouses: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A chain ends."""
+
+    chain: int
+
+
+Step = Segment | Enter | RunBlock | RunLink | Leave
+
+
+@dataclass(frozen=True)
+class Program:
+    """A straight line of steps over numbered slots; the first slots are the inputs.
+
+    Attributes:
+        steps: in order; the last is a segment that returns the model's output.
+        frees: per step, the slots nobody reads afterwards.
+        slots: how many there are.
+    """
+
+    steps: tuple[Step, ...]
+    frees: tuple[tuple[int, ...], ...]
+    slots: int
+
+    def run(self, root: Any, inputs: Sequence[Any]) -> Any:
+        """Run all steps; return what the last one returns."""
+        values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
+        calls: dict[int, ChainCall] = {}
+        result: Any = None
+        for step, frees in zip(self.steps, self.frees, strict=True):
+            result = self._do(step, root, values, calls)
+            for slot in frees:
+                values[slot] = None
+        return result
+
+    def _do(self, step: Step, root: Any, values: list[Any], calls: dict[int, ChainCall]) -> Any:
+        if isinstance(step, Segment):
+            outputs = step.function(root, *[values[slot] for slot in step.inputs])
+            for slot, value in zip(step.outputs, outputs if step.outputs else (), strict=True):
+                values[slot] = value
+            return outputs
+        if isinstance(step, Enter):
+            calls[step.chain] = ChainCall(root, values[step.start])
+            return None
+        call = calls[step.chain]
+        if isinstance(step, Leave):
+            call.leave()
+            _note(calls.pop(step.chain))
+            return None
+        sides = [values[slot] for slot in step.sides]
+        if isinstance(step, RunBlock):
+            output = call.block(step.frame, sides)
+            if step.output is not None:
+                values[step.output] = output
+            return None
+        for slots, states in zip(
+            (step.currents, step.previouses), call.relayout(step.frame, sides), strict=True
+        ):
+            for place, state in zip(slots, states, strict=True):
+                if place is not None:
+                    values[place] = state
+        return None
+
+
+_recording: ContextVar[list[ChainCall] | None] = ContextVar("re2fx_recording", default=None)
+
+
+def _note(call: ChainCall) -> None:
+    calls = _recording.get()
+    if calls is not None:
+        calls.append(call)
+
+
+def recording() -> bool:
+    """Whether chain calls are being recorded in this context."""
+    return _recording.get() is not None
+
+
+@contextmanager
+def record() -> Iterator[list[ChainCall]]:
+    """Record every chain call made inside the block, in the order the chains end.
+
+    Each call gives the chain's last two stream states (``call.output``) and the chain's input
+    reconstructed from them (``call.reconstruct()``)::
+
+        with re2fx.record() as calls:
+            rev(x)
+        calls[0].reconstruct()
+    """
+    calls: list[ChainCall] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
