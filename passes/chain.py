@@ -94,7 +94,10 @@ def chain(flow: Flow, detection: Detection, activation: str = "branch") -> Plan:
 
 
 def group(flow: Flow, matches: list[Match], activation: str) -> list[Run]:
-    """Link matches into maximal runs; where a stream forks, the longer run goes on."""
+    """Link matches into maximal runs.
+
+    Where a stream forks, the residual that encloses the other goes on, else the longer run.
+    """
     by_skip: dict[Node, list[Match]] = defaultdict(list)
     for match in matches:
         by_skip[match.skip.value].append(match)
@@ -108,7 +111,7 @@ def group(flow: Flow, matches: list[Match], activation: str) -> list[Run]:
         ]
         length[match.add] = 1
         if options:
-            best, other, tail = max(options, key=lambda option: option[0])
+            best, other, tail = max(outermost(options), key=lambda option: option[0])
             following[match.add] = (other, tail)
             length[match.add] = 1 + best
     continued = {other.add for other, _ in following.values()}
@@ -116,6 +119,15 @@ def group(flow: Flow, matches: list[Match], activation: str) -> list[Run]:
         follow(flow, match, following, activation)
         for match in matches
         if match.add not in continued
+    ]
+
+
+def outermost(options: list[tuple[int, Match, Tail]]) -> list[tuple[int, Match, Tail]]:
+    """Those of several residuals on one stream value that lie in no other's branch."""
+    return [
+        option
+        for option in options
+        if not any(option[1].add in other.region for _, other, _ in options)
     ]
 
 
@@ -149,11 +161,11 @@ def tails(flow: Flow, add: Node, activation: str) -> Iterator[Tail]:
     """The stream values that stand for an addition's result, nearest first."""
     readers = flow.users(add)
     starts = [Tail(add)]
-    if readers and ops.is_activation(readers[0], flow.root) and readers[0].args:
-        # A second reader would see the value before the activation, which only the
-        # pre-activation stream still holds.
-        if len(readers) == 1 or activation == "stream":
-            starts.append(Tail(readers[0], activation=readers[0]))
+    activations = [r for r in readers if ops.is_activation(r, flow.root) and r.args]
+    # A second reader would see the value before the activation, which only the pre-activation
+    # stream still holds.
+    if activations and (len(readers) == 1 or activation == "stream"):
+        starts.append(Tail(activations[0], activation=activations[0]))
     elif len(readers) == 1 and ops.constant_factor(readers[0]):
         starts.append(Tail(readers[0], scaling=readers[0]))
     for start in starts:

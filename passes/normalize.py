@@ -37,13 +37,15 @@ def normalize(graph: Graph, root: nn.Module) -> Graph:
 
 def read_through_writes(graph: Graph, root: nn.Module) -> None:
     """After ``y = op_(x)`` both names are one tensor; let later reads of ``x`` say ``y``."""
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+    flow = Flow(graph, root)
+    for node in flow.nodes:
         target = written(node, root)
         if target is None or node.target is operator.setitem or target.op == "get_attr":
             continue
+        if flow.is_shape(target):  # a number: ``h += 1`` makes a new one
+            continue
         for user in list(target.users):
-            if position[user] > position[node]:
+            if flow.position[user] > flow.position[node]:
                 user.replace_input_with(target, node)
 
 
@@ -60,7 +62,7 @@ def write_adds_out_of_place(graph: Graph, root: nn.Module) -> None:
     flow = Flow(graph, root)
     aliases = Aliases(flow)
     for node in flow.nodes:
-        if not ops.is_inplace_add(node) or not aliases.functional(node):
+        if not ops.is_inplace_add(node) or flow.is_shape(node) or not aliases.functional(node):
             continue
         scaled = node.kwargs or len(node.args) != 2
         with graph.inserting_before(node):

@@ -54,7 +54,7 @@ def outline(graph: Graph, root: nn.Module, wirings: Sequence[Wiring]) -> Program
 
 class _Outliner:
     def __init__(self, graph: Graph, root: nn.Module, wirings: Sequence[Wiring]) -> None:
-        self.flow = Flow(graph, root)
+        self.flow = Flow(graph, root, identities=True)
         self.wirings = wirings
         self.groups: dict[Node, Group] = {}
         self.slots: dict[Node, int] = {}

@@ -40,8 +40,9 @@ class Pair:
 
 @dataclass
 class State:
-    """A chain while it is being written."""
+    """A chain while it is being written; ``start`` is its input in the present layout."""
 
+    entry: str
     start: Node
     dtype: Node
     pair: Pair
@@ -138,7 +139,7 @@ class _Rewirer:
                 self.values[node] = self.copy(node)
         self.graph.lint()
         written = [self.states[chain] for chain in self.plan.chains]
-        return self.graph, tuple(Wiring(s.start.name, tuple(s.steps)) for s in written)
+        return self.graph, tuple(Wiring(s.entry, tuple(s.steps)) for s in written)
 
     def state(self, chain: Chain) -> State:
         """Where a chain stands; at its beginning the input is replicated into both streams."""
@@ -148,7 +149,7 @@ class _Rewirer:
             dtype = self.emit(entry, lambda x: x.dtype, value)
             self.recorder.origin = entry
             start = self.recorder.create_node("call_function", widen, (value,), {})
-            self.states[chain] = State(start, dtype, Pair(start, start))
+            self.states[chain] = State(start.name, start, dtype, Pair(start, start))
         return self.states[chain]
 
     def write_step(self, node: Node, chain: Chain, residual: Residual) -> None:
@@ -191,6 +192,8 @@ class _Rewirer:
         """A shape-only operation on both streams."""
         pair, source = state.pair, self.flow.source(first_input(node))
         after = Pair(*(self.copy(node, {source: p}) for p in (pair.current, pair.previous)))
+        if self.readout == "sum":
+            state.start = self.copy(node, {source: state.start})
         last = state.steps[-1]
         if isinstance(last, Link):
             state.steps.pop()

@@ -22,12 +22,16 @@ class Aliases:
         self._writes: dict[Node, list[Node]] = {}
         for node in flow.nodes:
             self._members[node] = [node]
-            if not flow.is_shape(node) and ops.may_alias(node, flow.root):
-                for value in flow.inputs(node):
-                    if not flow.is_shape(value):
-                        self._join(node, value)
+            if flow.is_shape(node) or not ops.may_alias(node, flow.root):
+                continue
+            # An in-place operation returns its first argument, a view may be one of any.
+            count = 1 if ops.is_inplace(node, flow.root) else None
+            for value in flow.inputs(node)[:count]:
+                if not flow.is_shape(value):
+                    self._join(node, value)
         for node in flow.nodes:
-            if ops.is_inplace(node, flow.root) and flow.inputs(node):
+            writes = ops.is_inplace(node, flow.root) and not flow.is_shape(node)
+            if writes and flow.inputs(node):
                 self._inspect(node)
 
     def _find(self, node: Node) -> Node:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+import operator
 import os
 import sys
 import warnings
@@ -127,6 +128,34 @@ class _CustomFunction(Exception):
     """A ``torch.autograd.Function`` met while tracing."""
 
 
+class Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` as what it is.
+
+    Plain proxies fall back to ``x = x + y``, which another name of the same tensor would not see.
+    """
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def __ifloordiv__(self, other: Any) -> Any:
+        return self._in_place(operator.ifloordiv, other)
+
+    def __ipow__(self, other: Any) -> Any:
+        return self._in_place(operator.ipow, other)
+
+
 class Tracer(fx.Tracer):
     """Keeps modules live where it can, and remembers the user's source line of every node."""
 
@@ -135,6 +164,10 @@ class Tracer(fx.Tracer):
         self._inputs = inputs
         self._paths = {leaf for leaf in whole if isinstance(leaf, str)}
         self._classes = tuple(leaf for leaf in whole if isinstance(leaf, type))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node."""
+        return Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, and childless ones whose inside must stay live.

@@ -22,15 +22,17 @@ from .plan import Location
 
 
 class Flow:
-    """The dataflow of one graph, with identities looked through.
+    """The dataflow of one graph, by default with identities looked through.
 
     Args:
         graph: any FX graph.
         root: the module that ``call_module`` and ``get_attr`` targets are looked up in.
+        identities: whether an ``nn.Identity`` counts as a node of its own.
     """
 
-    def __init__(self, graph: Graph, root: nn.Module) -> None:
+    def __init__(self, graph: Graph, root: nn.Module, identities: bool = False) -> None:
         self.graph, self.root = graph, root
+        self._identities = identities
         self.nodes: list[Node] = list(graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.by_name = {node.name: node for node in self.nodes}
@@ -45,7 +47,7 @@ class Flow:
 
     def _visit(self, node: Node) -> None:
         inputs = tuple(self.source(n) for n in node.all_input_nodes)
-        if ops.is_identity(node, self.root):
+        if not self._identities and ops.is_identity(node, self.root):
             self._source[node] = inputs[0]
             return
         self._inputs[node] = inputs

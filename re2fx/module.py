@@ -134,6 +134,9 @@ class RewiredModule(GraphModule):
         """The generated Python code of the current mode."""
         return str(self.graph.python_code("self").src)
 
+    def __str__(self) -> str:
+        return f"{super(GraphModule, self).__repr__()}\n{self.code}"
+
     def recompile(self) -> Any:
         """Generate the code of both modes anew from their graphs."""
         model = self._live._model

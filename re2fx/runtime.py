@@ -109,6 +109,7 @@ class Record:
     sides: list[Any]
     ambient: Ambient | None = None
     needs_grad: bool = False
+    strides: tuple[int, ...] = ()
     saved: list[Meta] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
 
@@ -151,7 +152,7 @@ class ChainCall:
         """Run one block and return ``p_{i+1}``."""
         current, previous = self.streams
         index = len(self.records)
-        record = Record(frame, _remember(sides), needs_grad=current.requires_grad)
+        record = Record(frame, _remember(sides), None, current.requires_grad, current.stride())
         record.ambient = Ambient(self.root, frame.targets, current.device)
         self.records.append(record)
 
@@ -281,6 +282,7 @@ class ChainCall:
             walk.current = _undo(record, self.root, current)
             walk.previous = _undo(record, self.root, previous)
             return
+        previous = _restrided(previous, record.strides)
         # Autograd runs later blocks first, so what they collected and nobody asked for can go.
         walk.saved = {}
         branch = self._rerun(walk, record, previous, collect)
@@ -362,6 +364,17 @@ def _recall(sides: list[Any], name: str) -> list[Any]:
         return side.tensor.detach().requires_grad_(side.needs_grad)
 
     return [pytree.tree_map(value, side) for side in sides]
+
+
+def _restrided(stream: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """A reconstructed state in the layout it had: layouts choose kernels, and what they save.
+
+    A state that repeats memory (stride 0) cannot be laid out again and stays as it is.
+    """
+    if stream.stride() == strides or 0 in strides:
+        return stream
+    like = torch.empty_strided(stream.shape, strides, dtype=stream.dtype, device=stream.device)
+    return like.copy_(stream)
 
 
 def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], name: str) -> None:

@@ -92,7 +92,7 @@ def test_a_custom_function_in_the_model_itself_is_refused() -> None:
             out: Tensor = self.net(Double.apply(x))
             return out
 
-    with pytest.raises(re2fx.CaptureError, match="custom autograd.Function Double"):
+    with pytest.raises(re2fx.CaptureError, match=r"custom autograd\.Function Double"):
         re2fx.transform(Root())
     assert "apply" in vars(torch.autograd.Function)
     assert Double.apply(torch.ones(1)).item() == 2

@@ -238,6 +238,8 @@ def test_it_is_a_graph_module() -> None:
     assert inspect.signature(rev.forward) == inspect.signature(rev.forward)
     assert list(inspect.signature(rev.forward).parameters) == ["x"]
     assert type(rev).__name__ == "Net"
+    assert "self.blocks" in str(rev)
+    assert repr(rev).startswith("Net(\n  (stem): Linear")
 
 
 def test_an_edited_graph_runs_after_recompile() -> None:
