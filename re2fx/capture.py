@@ -67,14 +67,17 @@ def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -
         CaptureError: the model cannot be traced; names the line and the remedy.
     """
     inputs = InputSpec.of(model, example_inputs)
-    failed: dict[str, str] = {}
+    failed: dict[type[nn.Module], str] = {}
     constants: dict[str, torch.Tensor] = {}
     graphs = {}
     for mode in (True, False):
         with _mode(model, mode):
             graphs[mode] = _trace(model, inputs, leaves, failed, constants)
     _warn_of_dissolved_hooks(model, graphs[True])
-    return Captured(graphs[True], graphs[False], inputs, constants, failed)
+    called = {str(n.target) for g in graphs.values() for n in g.nodes if n.op == "call_module"}
+    kinds = {path: type(model.get_submodule(path)) for path in sorted(called)}
+    kept = {path: failed[kind] for path, kind in kinds.items() if kind in failed}
+    return Captured(graphs[True], graphs[False], inputs, constants, kept)
 
 
 @contextmanager
@@ -94,26 +97,18 @@ def _trace(
     model: nn.Module,
     inputs: InputSpec,
     leaves: Leaves,
-    failed: dict[str, str],
+    failed: dict[type[nn.Module], str],
     constants: dict[str, torch.Tensor],
 ) -> fx.Graph:
     """Trace; when a submodule cannot be traced, keep its class whole and try again."""
-    whole: list[str | type[nn.Module]] = [*leaves]
-    whole += [type(model.get_submodule(path)) for path in failed]
     while True:
-        tracer = Tracer(inputs, whole)
+        tracer = Tracer(inputs, [*leaves, *failed])
         try:
-            graph = tracer.record(model, constants)
+            return tracer.record(model, constants)
         except _Untraceable as error:
             if error.path is None:
                 raise _explained(model, error) from error.__cause__
-            failed[error.path] = error.reason
-            whole.append(type(model.get_submodule(error.path)))
-        else:
-            failed_now = {m.target for m in graph.nodes if m.op == "call_module"}
-            for path in failed.keys() - failed_now:
-                del failed[path]
-            return graph
+            failed[type(model.get_submodule(error.path))] = error.reason
 
 
 class _Untraceable(Exception):

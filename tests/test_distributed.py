@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 import re2fx
 
@@ -31,7 +31,7 @@ def network() -> nn.Module:
 def expected() -> dict[str, Tensor]:
     """Gradients of the stored network on the whole batch."""
     rev = re2fx.transform(network(), memory="store")
-    sum(rev(x).square().sum() for x in data()).backward()  # type: ignore[union-attr]
+    sum(rev(x).square().sum() for x in data()).backward()
     return {n: p.grad / RANKS for n, p in rev.named_parameters() if p.grad is not None}
 
 
@@ -91,7 +91,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
     """Rank 0's gradients for every way of wrapping."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     out = folder / "gradients.pt"
-    mp.spawn(run_rank, (str(folder / "rendezvous"), str(out)), nprocs=RANKS)
+    spawn(run_rank, (str(folder / "rendezvous"), str(out)), nprocs=RANKS)
     loaded: dict[str, dict[str, Tensor]] = torch.load(out)
     return loaded
 

@@ -18,7 +18,7 @@ PASSES = sorted(p for p in (ROOT / "passes").glob("*.py") if p.name != "__init__
 def imported(path: Path) -> set[str]:
     """Full names of the modules a file imports, relative ones resolved."""
     package = ["re2fx"] if path.parent.name == "re2fx" else ["re2fx", "passes"]
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)

@@ -24,6 +24,9 @@ X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 class Modal(nn.Module):
     """Dropout and batch norm as functions of the training flag, as many models write them."""
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
@@ -98,7 +101,7 @@ def test_the_given_model_is_not_changed() -> None:
 
 def test_a_mixed_training_state_survives() -> None:
     model = Net()
-    model.blocks[1].eval()  # type: ignore[union-attr]
+    model.blocks[1].eval()
     rewired(model)
     assert [m.training for m in model.blocks] == [True, False, True, True]
 
@@ -209,7 +212,7 @@ def test_moving_and_casting() -> None:
 def test_channels_last_is_kept() -> None:
     rev = rewired(ConvNet())
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    rev.to(memory_format=torch.channels_last)
+    rev.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert_reversible_equals_store(rev, x, tolerance=1e-4)
     out = step(rev, "reversible", x).gradients["input 0"]
     reference = step(rev, "store", x).gradients["input 0"]
