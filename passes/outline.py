@@ -24,8 +24,10 @@ from torch.fx import Graph, Node
 from re2fx import ops
 from re2fx.codegen import compile_graph
 from re2fx.graph import Flow
+from re2fx.layout import Relayout
 from re2fx.program import Enter, Leave, Program, RunBlock, RunLink, Segment, Step
-from re2fx.runtime import Relayout, Reverse
+from re2fx.replay import Lookup
+from re2fx.runtime import Reverse
 from re2fx.wiring import Block, Link, Wiring
 
 
@@ -203,7 +205,7 @@ class _Outliner:
         graph, targets = self.subgraph(body, [current, *sides], branch)
         name = f"{step.location.module or 'the model'} ({step.location})"
         function = compile_graph(graph, f"branch {step.branch}")
-        frame = Reverse(function, step.coupling, targets, name)
+        frame = Reverse(function, step.coupling, Lookup(targets), name)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None
         self.emit(RunBlock(group.chain, frame, tuple(map(self.slot, sides)), slot), sides)

@@ -52,12 +52,12 @@ class State:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is needed to read one stream value from outside: its streams, and those before."""
+    """What is needed to read one stream value from outside: its streams, and the way there."""
 
     pair: Pair
     start: Node
     dtype: Node
-    weights: tuple[float, float, float]
+    couplings: tuple[tuple[Coupling, float], ...]
 
 
 class Recorder(GraphAppendingTracer):
@@ -106,7 +106,7 @@ class _Rewirer:
         self.values: dict[Node, Node] = {}
         self.readings: dict[Node, Reading] = {}
         # Where each chain stands, and which old nodes write its steps or belong to its branches.
-        self.states: dict[Chain, State] = {}
+        self.states: dict[str, State] = {}
         self.steps: dict[Node, tuple[Chain, Residual]] = {}
         self.links: dict[Node, Chain] = {}
         self.branches: dict[Node, tuple[Chain, Residual]] = {}
@@ -134,23 +134,31 @@ class _Rewirer:
             if node in self.steps:
                 self.write_step(node, *self.steps[node])
             elif node in self.links:
-                self.write_link(node, self.states[self.links[node]])
+                self.write_link(node, self.states[self.links[node].output])
             elif node not in self.taken_over and self.flow.source(node) not in self.readings:
                 self.values[node] = self.copy(node)
+        self.drop_bypassed_identities()
         self.graph.lint()
-        written = [self.states[chain] for chain in self.plan.chains]
+        written = [self.states[chain.output] for chain in self.plan.chains]
         return self.graph, tuple(Wiring(s.entry, tuple(s.steps)) for s in written)
+
+    def drop_bypassed_identities(self) -> None:
+        """An identity at a branch's end has lost its reader, the addition."""
+        for node in reversed(self.flow.nodes):
+            copied = self.values.get(node)
+            if self.flow.source(node) is not node and copied is not None and not copied.users:
+                self.graph.erase_node(copied)
 
     def state(self, chain: Chain) -> State:
         """Where a chain stands; at its beginning the input is replicated into both streams."""
-        if chain not in self.states:
+        if chain.output not in self.states:
             entry = self.flow.by_name[chain.entry]
             value = self.value(entry)
             dtype = self.emit(entry, lambda x: x.dtype, value)
             self.recorder.origin = entry
             start = self.recorder.create_node("call_function", widen, (value,), {})
-            self.states[chain] = State(start.name, start, dtype, Pair(start, start))
-        return self.states[chain]
+            self.states[chain.output] = State(start.name, start, dtype, Pair(start, start))
+        return self.states[chain.output]
 
     def write_step(self, node: Node, chain: Chain, residual: Residual) -> None:
         """``p_{i+1}`` from the two streams and the branch."""
@@ -214,7 +222,7 @@ class _Rewirer:
         """From here on ``node`` of the old graph stands for this pair of streams."""
         state.pair = pair
         self.readings[node] = Reading(
-            pair, state.start, state.dtype, linear_weights(state.couplings)
+            pair, state.start, state.dtype, tuple(state.couplings) if self.readout == "sum" else ()
         )
 
     def copy(self, node: Node, given: dict[Node, Node] | None = None) -> Node:
@@ -253,11 +261,10 @@ class _Rewirer:
         """One tensor for a value: itself, or the readout of the two streams it stands for."""
         if source not in self.values:
             reading = self.readings[source]
+            weights = linear_weights(reading.couplings)
             value = self.emit(
                 source,
-                lambda p, q, start, dtype: read(self.readout, p, q, start, reading.weights).to(
-                    dtype
-                ),
+                lambda p, q, start, dtype: read(self.readout, p, q, start, weights).to(dtype),
                 reading.pair.current,
                 reading.pair.previous,
                 reading.start,

@@ -315,8 +315,11 @@ def _warn_of_dissolved_hooks(model: nn.Module, graph: fx.Graph) -> None:
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     lost = []
     for path, module in model.named_modules():
-        inside = any(path == leaf or path.startswith(leaf + ".") for leaf in called)
-        if has_hooks(module) and not inside:
+        if not has_hooks(module):
+            continue
+        parts = path.split(".")
+        parents = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        if not parents & called:
             lost.append(path or "the model itself")
     if lost:
         warnings.warn(

@@ -14,6 +14,7 @@ proxies (the rewiring, which records the arithmetic as graph nodes).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -126,7 +127,7 @@ class Coupling:
         return f"({self.a:g}, {self.b:g}, {self.c:g})"
 
 
-def linear_weights(couplings: list[tuple[Coupling, float]]) -> tuple[float, float, float]:
+def linear_weights(couplings: Sequence[tuple[Coupling, float]]) -> tuple[float, float, float]:
     """What is left of the chain's input in ``p_n``, in ``p_{n-1}`` and in the original output.
 
     Args:

@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from .runtime import ChainCall, Relayout, Reverse
+from .layout import Relayout
+from .runtime import ChainCall, Reverse
 
 Function = Callable[..., Any]
 

@@ -87,32 +87,72 @@ class Members:
         default_factory=list
     )
 
-    @classmethod
-    def of(cls, root: Any, targets: Iterable[str]) -> Members:
-        """Look up dotted names: whole modules, or single parameters and buffers."""
-        members = cls()
-        for target in targets:
-            owner, name = root, target
-            while "." in name:
-                head, name = name.split(".", 1)
-                owner = getattr(owner, head)
+
+Modules = dict[str, "nn.Module | None"]
+
+
+class Lookup:
+    """Finds the members behind dotted names, again and again.
+
+    Where the modules are is remembered between calls and checked at each: a submodule that was
+    replaced, or wrapped by an adapter, is found anew.
+    """
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        self._targets = tuple(targets)
+        self._places: list[tuple[Modules, str, nn.Module]] | None = None
+        self._owners: list[tuple[str, nn.Module]] = []
+        self._single: list[tuple[str, Any, str]] = []
+
+    def members(self, root: Any) -> Members:
+        """The parameters and buffers as they are now."""
+        places = self._places
+        if places is None or any(modules.get(name) is not m for modules, name, m in places):
+            self._resolve(root)
+        members = Members()
+        for path, owner in self._owners:
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    members.parameters.append((f"{path}.{name}", parameter))
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    members.buffers.append((owner._buffers, name, buffer))
+        for target, owner, name in self._single:
             value = getattr(owner, name)
-            if isinstance(value, nn.Module):
-                members._add_module(target, value)
-            elif isinstance(value, nn.Parameter):
+            if isinstance(value, nn.Parameter):
                 members.parameters.append((target, value))
             elif isinstance(owner._buffers.get(name), torch.Tensor):
                 members.buffers.append((owner._buffers, name, value))
         return members
 
-    def _add_module(self, target: str, module: nn.Module) -> None:
-        for path, inner in module.named_modules(prefix=target):
-            for name, parameter in inner._parameters.items():
-                if parameter is not None:
-                    self.parameters.append((f"{path}.{name}", parameter))
-            for name, buffer in inner._buffers.items():
-                if buffer is not None:
-                    self.buffers.append((inner._buffers, name, buffer))
+    def _resolve(self, root: Any) -> None:
+        """Walk the dotted names: whole modules, or single parameters and buffers."""
+        self._places, self._owners, self._single = [], [], []
+        for target in self._targets:
+            owner, name = root, target
+            while "." in name:
+                head, name = name.split(".", 1)
+                owner = self._enter(owner, head)
+            value = getattr(owner, name)
+            if not isinstance(value, nn.Module):
+                self._single.append((target, owner, name))
+                continue
+            self._enter(owner, name)
+            for path, inner in value.named_modules(prefix=target):
+                for child in inner._modules:
+                    self._enter(inner, child)
+                if inner._parameters or inner._buffers:
+                    self._owners.append((path, inner))
+
+    def _enter(self, owner: Any, name: str) -> Any:
+        """A child by name, remembered if it is a module."""
+        modules: Modules = owner._modules
+        value = modules.get(name)
+        if value is None:
+            return getattr(owner, name, None)
+        assert self._places is not None, "only called while resolving"
+        self._places.append((modules, name, value))
+        return value
 
 
 class Ambient:
@@ -121,13 +161,13 @@ class Ambient:
     Create it before the run and call `settle` after it; `restored` runs the branch again.
     """
 
-    def __init__(self, root: Any, targets: Iterable[str], device: torch.device) -> None:
+    def __init__(self, root: Any, lookup: Lookup, device: torch.device) -> None:
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
         self.autocasts = [Autocast.now(kind) for kind in kinds]
         self.generators: Generators | None = Generators(device)
         self.device = device
-        self._targets = tuple(targets)
-        self.members = Members.of(root, self._targets)
+        self._lookup = lookup
+        self.members = lookup.members(root)
         self.versions = [parameter._version for _, parameter in self.members.parameters]
         self._before = [(b.clone(), b._version) for _, _, b in self.members.buffers]
         self.earlier: dict[tuple[int, str], torch.Tensor] = {}
@@ -150,7 +190,7 @@ class Ambient:
             ReplayError: names the parameter. Stored execution rejects most changes in place too;
                 a replaced parameter would give the gradient of a function that never ran.
         """
-        now = Members.of(root, self._targets).parameters
+        now = self._lookup.members(root).parameters
         remedy = "Call backward before the parameters change, or use memory='store'."
         for (name, parameter), version in zip(self.members.parameters, self.versions, strict=True):
             if parameter._version != version:

@@ -46,7 +46,8 @@ from torch.utils import _pytree as pytree
 
 from .coupling import Coupling
 from .errors import ReplayError, StreamError
-from .replay import Ambient
+from .layout import Relayout, restrided
+from .replay import Ambient, Lookup
 
 Function = Callable[..., Any]
 Meta = tuple[torch.Size, torch.dtype, torch.device]
@@ -59,29 +60,21 @@ class Reverse:
     Attributes:
         branch: ``branch(root, p, *sides) -> f``.
         coupling: the effective coefficients.
-        targets: dotted names of the modules, parameters and buffers the branch uses.
+        lookup: finds the parameters and buffers the branch uses.
         name: the source line of the residual, for messages.
     """
 
     branch: Function
     coupling: Coupling
-    targets: tuple[str, ...]
+    lookup: Lookup
     name: str
 
 
-@dataclass(frozen=True)
-class Relayout:
-    """Shape-only operations between two blocks.
-
-    Attributes:
-        operations: per operation what undoes it (``"permute"``, ``"reshape"`` or ``"copy"``), the
-            function ``(root, stream, *sides)``, and how many sides it takes.
-    """
-
-    operations: tuple[tuple[str, Function, int], ...]
-
-
 Frame = Reverse | Relayout
+
+
+class _Enough(Exception):
+    """Everything a rerun was for is there."""
 
 
 class Handle:
@@ -153,7 +146,7 @@ class ChainCall:
         current, previous = self.streams
         index = len(self.records)
         record = Record(frame, _remember(sides), None, current.requires_grad, current.stride())
-        record.ambient = Ambient(self.root, frame.targets, current.device)
+        record.ambient = Ambient(self.root, frame.lookup, current.device)
         self.records.append(record)
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -279,10 +272,10 @@ class ChainCall:
         current, previous = walk.current, walk.previous
         assert previous is not None, "nothing lies before the first block"
         if isinstance(record.frame, Relayout):
-            walk.current = _undo(record, self.root, current)
-            walk.previous = _undo(record, self.root, previous)
+            undo = partial(record.frame.undo, self.root, record.shapes)
+            walk.current, walk.previous = undo(current), undo(previous)
             return
-        previous = _restrided(previous, record.strides)
+        previous = restrided(previous, record.strides)
         # Autograd runs later blocks first, so what they collected and nobody asked for can go.
         walk.saved = {}
         branch = self._rerun(walk, record, previous, collect)
@@ -312,6 +305,8 @@ class ChainCall:
                 return tensor
             tensor = tensor.detach()
             collected[len(collected)] = (tensor, tensor._version)
+            if walk.front == 0 and len(collected) == len(record.saved):
+                raise _Enough
             return tensor
 
         with (
@@ -319,7 +314,10 @@ class ChainCall:
             torch.enable_grad(),
             saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            branch: torch.Tensor = frame.branch(self.root, stream, *sides)
+            try:
+                branch: torch.Tensor = frame.branch(self.root, stream, *sides)
+            except _Enough:  # nothing lies before the first block: its result is not needed
+                branch = stream
         _compare(record, collected, name)
         walk.saved = {walk.front: collected}
         return branch.detach()
@@ -366,17 +364,6 @@ def _recall(sides: list[Any], name: str) -> list[Any]:
     return [pytree.tree_map(value, side) for side in sides]
 
 
-def _restrided(stream: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """A reconstructed state in the layout it had: layouts choose kernels, and what they save.
-
-    A state that repeats memory (stride 0) cannot be laid out again and stays as it is.
-    """
-    if stream.stride() == strides or 0 in strides:
-        return stream
-    like = torch.empty_strided(stream.shape, strides, dtype=stream.dtype, device=stream.device)
-    return like.copy_(stream)
-
-
 def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], name: str) -> None:
     """A rerun must save what the first run saved."""
     again = [_meta(tensor) for tensor, _ in collected.values()]
@@ -386,19 +373,3 @@ def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], nam
             f"{len(again)} other ones when it was run again: it is not deterministic (does it read "
             "something that changes between calls?). Use memory='store' or make it deterministic."
         )
-
-
-def _undo(record: Record, root: Any, stream: torch.Tensor) -> torch.Tensor:
-    """The inverse of shape-only operations, from the shapes seen on the way."""
-    assert isinstance(record.frame, Relayout), "only links are undone by shape"
-    for (kind, function, _), shape in zip(
-        reversed(record.frame.operations), reversed(record.shapes), strict=True
-    ):
-        if kind == "permute":
-            # Dimensions of distinct sizes show where each one went.
-            probe = torch.empty(tuple(range(1, len(shape) + 1)), device="meta")
-            order = [size - 1 for size in function(root, probe).shape]
-            stream = stream.permute([order.index(d) for d in range(len(shape))])
-        elif kind == "reshape":
-            stream = stream.reshape(shape)
-    return stream

@@ -51,7 +51,7 @@ def test_only_the_doors_import_passes(path: Path) -> None:
     assert not uses_passes or path.stem in DOORS
 
 
-@pytest.mark.parametrize("name", ["program", "runtime", "replay", "coupling"])
+@pytest.mark.parametrize("name", ["program", "runtime", "replay", "layout", "coupling"])
 def test_the_runtime_knows_no_fx(name: str) -> None:
     names = imported(ROOT / "re2fx" / f"{name}.py")
     assert not {n for n in names if n.startswith("torch.fx")}

@@ -144,6 +144,16 @@ def test_assigned_and_replaced_members_are_used() -> None:
     assert outcome.gradients["blocks.1.inner.up.weight"] is not None
 
 
+def test_a_replaced_first_level_module_is_found_again() -> None:
+    """Where members live is remembered between calls; a replacement has to be noticed."""
+    rev = rewired(Net().double())
+    x = X.double()
+    assert_reversible_equals_store(rev, x)
+    rev.blocks = Net(width=8).double().blocks
+    rev.blocks[2].norm = nn.BatchNorm1d(8).double()
+    assert_reversible_equals_store(rev, x)
+
+
 def test_leaf_hooks_run() -> None:
     rev = rewired(Net())
     calls: list[str] = []
