@@ -1,0 +1,174 @@
+"""Pictures and README tables from the result files: ``python -m benchmarks.render``.
+
+Every figure in the README's results blocks comes out of ``results/*.json`` through here; with
+``--check`` nothing is written and the exit status is 1 if the README says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .common import CONTENDERS, RESULTS, read_results
+from .tables import TEXTS, Data
+
+README = Path(__file__).parents[1] / "README.md"
+
+COLORS = {"plain": "#8a8a8a", "checkpoint": "#d1803b", "re2fx": "#1f6fb4"}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "figure.dpi": 130,
+    "savefig.dpi": 130,
+}
+
+
+def lines(axes: Axes, rows: Sequence[Data], key: str, unit: float, title: str) -> None:
+    """One labelled line per contender over the number of residuals; both axes logarithmic."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for name in CONTENDERS:
+        own = [row for row in rows if row["contender"] == name]
+        xs, ys = [row["residuals"] for row in own], [row[key] / unit for row in own]
+        axes.plot(xs, ys, "o-", color=COLORS[name], markersize=3.5, linewidth=1.5)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["residuals"] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("residuals")
+    axes.set_title(title)
+    label_ends(axes, {row["contender"]: row[key] / unit for row in rows}, ticks[-1])
+
+
+def ratios(axes: Axes, rows: Sequence[Data], title: str) -> None:
+    """Step time against ordinary training, from zero."""
+    lines(axes, rows, "over_plain", 1, title)
+    for text in list(axes.texts):
+        text.remove()
+    axes.set_yscale("linear")
+    axes.set_ylim(0, None)
+    ends = {row["contender"]: row["over_plain"] for row in rows}
+    label_ends(axes, ends, max(row["residuals"] for row in rows))
+
+
+def label_ends(axes: Axes, ends: dict[str, float], x: float) -> None:
+    """Name the lines at their ends, pushed apart where they would overlap."""
+    to_pixels, below = axes.transData, -1e9
+    for name, value in sorted(ends.items(), key=lambda item: item[1]):
+        height = to_pixels.transform((x, value))[1]
+        below = max(height, below + 1.3 * pyplot.rcParams["font.size"] * axes.figure.dpi / 72)
+        axes.annotate(
+            name,
+            (x, value),
+            xytext=(7, (below - height) * 72 / axes.figure.dpi),
+            textcoords="offset points",
+            color=COLORS[name],
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def plot_depth(data: Data) -> Figure:
+    """Kept bytes, process peak and step time against depth."""
+    figure, (kept, peak, time) = pyplot.subplots(1, 3, figsize=(10, 2.9), layout="constrained")
+    lines(kept, data["rows"], "kept_chain", 2**20, "kept by the chain for backward, MiB")
+    lines(peak, data["rows"], "peak", 2**20, "process peak above the model, MiB")
+    ratios(time, data["rows"], "step time against plain")
+    return figure
+
+
+def plot_scale(data: Data) -> Figure:
+    """Planning time against graph size, with a line of slope 1 to compare."""
+    figure, axes = pyplot.subplots(figsize=(4.6, 2.9), layout="constrained")
+    nodes = [row["nodes"] for row in data["rows"]]
+    for name, color in (("capture", COLORS["plain"]), ("planning", COLORS["re2fx"])):
+        seconds = [row[name] for row in data["rows"]]
+        axes.plot(nodes, seconds, "o-", color=color, markersize=3.5, linewidth=1.5)
+        axes.annotate(
+            f" {name}", (nodes[-1], seconds[-1]), color=color, va="center", annotation_clip=False
+        )
+    axes.set_xlim(0, None)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("nodes in the graph")
+    axes.set_title("capture (both modes) and planning (one), s")
+    return figure
+
+
+def plot_demo(data: Data) -> Figure:
+    """Accuracy while finetuning, and what training costs."""
+    figure, (accuracy, kept) = pyplot.subplots(1, 2, figsize=(7.6, 2.9), layout="constrained")
+    found = data["accuracy"]
+    starts = {"original": found["original"], "rewired": found["rewired, not finetuned"]}
+    for name, color, drop in (("original", COLORS["plain"], -9), ("rewired", COLORS["re2fx"], 2)):
+        values = [100 * value for value in (starts[name], *found[f"{name}, by epoch"])]
+        accuracy.plot(values, "o-", color=color, markersize=3.5, linewidth=1.5)
+        accuracy.annotate(
+            name,
+            (0, values[0]),
+            xytext=(9, drop),
+            textcoords="offset points",
+            color=color,
+            va="center",
+        )
+    accuracy.set_xlabel("epochs of finetuning")
+    accuracy.set_title("digits, test accuracy, %")
+    lines(kept, data["cost"], "kept", 2**20, "kept for backward, MiB")
+    return figure
+
+
+PLOTS: dict[str, Callable[[Data], Figure]] = {
+    "depth": plot_depth,
+    "scale": plot_scale,
+    "demo": plot_demo,
+}
+
+
+def rewritten(readme: str) -> str:
+    """The README with its results blocks made anew; blocks without a result file stay."""
+    for name, (source, text) in TEXTS.items():
+        begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+        if begin in readme and (RESULTS / f"{source}.json").exists():
+            block = f"{begin}\n{text(read_results(source))}\n{end}"
+            pattern = re.escape(begin) + ".*?" + re.escape(end)
+            readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.S)  # type: ignore[misc]
+    return readme
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README differs")
+    options = parser.parse_args()
+    old = README.read_text() if README.exists() else ""
+    new = rewritten(old)
+    if options.check:
+        if new != old:
+            sys.exit("README.md differs from benchmarks/results; run python -m benchmarks.render")
+        return
+    if new != old:
+        README.write_text(new)
+    with pyplot.rc_context(STYLE):
+        for name, plot in PLOTS.items():
+            if (RESULTS / f"{name}.json").exists():
+                figure = plot(read_results(name))
+                # No software version inside, so that equal data make equal files.
+                figure.savefig(RESULTS / f"{name}.png", metadata={"Software": ""})
+                pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
