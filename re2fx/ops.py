@@ -97,9 +97,11 @@ def is_inplace_add(node: Node) -> bool:
 
 
 def is_identity(node: Node, root: nn.Module) -> bool:
-    """``nn.Identity`` without hooks: its output is its input."""
+    """``nn.Identity`` of one value and without hooks: its output is that value."""
     module = module_of(node, root)
-    return type(module) is nn.Identity and not has_hooks(module)
+    values = [*node.args, *node.kwargs.values()]
+    single = len(values) == 1 and isinstance(values[0], Node)
+    return single and type(module) is nn.Identity and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
