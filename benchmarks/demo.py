@@ -30,7 +30,7 @@ from .contenders import contender, training_step, vit
 SEED = 0
 WIDTH, HEADS, BLOCKS = 64, 4, 12
 TRAIN, BATCH = 1_437, 64
-PRETRAIN_EPOCHS, FINETUNE_EPOCHS = 30, 5
+PRETRAIN_EPOCHS, FINETUNE_EPOCHS = 20, 5
 COST_BLOCKS, COST_REPEATS = (6, 12, 24), 7
 
 console = Console()
