@@ -88,6 +88,13 @@ def test_switching_to_reversible_later_is_checked_too() -> None:
         rev.memory = "reversible"
 
 
+def test_wrong_example_inputs() -> None:
+    with pytest.raises(re2fx.InputError, match=r"Net: too many positional arguments.*\(x\)"):
+        re2fx.transform(Net(), (torch.ones(1, 4), torch.ones(1, 4)))
+    with pytest.raises(re2fx.InputError, match="unexpected keyword argument 'y'"):
+        re2fx.transform(Net(), {"x": torch.ones(1, 4), "y": 1})
+
+
 def test_nothing_to_rewire_warns_with_the_nearest_misses() -> None:
     model = Plain()
     with pytest.warns(re2fx.Re2fxWarning, match="nearest misses") as caught:
