@@ -21,7 +21,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.depth
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo --save
 	$(BIN)/python -m benchmarks.render
 
 render: $(VENV)/.installed

@@ -8,6 +8,7 @@ checkpointed and reversible.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,10 +197,15 @@ def show_cost(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--save", action="store_true", help="write results/demo.json")
+    options = parser.parse_args()
     data = Digits.load()
     accuracies = learn(data)
     rows = cost(data)
     show_cost(rows)
+    if not options.save:
+        return
     setup = {
         "model": f"ViT (timm), {BLOCKS} blocks of width {WIDTH}, dropout 0.1, fp32",
         "data": f"scikit-learn digits, {TRAIN} for training and {1797 - TRAIN} for testing",
