@@ -220,16 +220,19 @@ class Ambient:
             for autocast in self.autocasts:
                 stack.enter_context(autocast.restored(cache=autocast.cache and record))
             try:
+                copies: dict[int, torch.Tensor] = {}  # a buffer of two modules stays one
                 for owner, name, _ in self.members.buffers:
                     current = owner[name]
                     swapped.append((owner, name, current))
+                    if current is None or any(current is copy for copy in copies.values()):
+                        continue
                     earlier = self.earlier.get((id(owner), name), current)
-                    owner[name] = earlier.clone() if earlier is not None else None
+                    owner[name] = copies.setdefault(id(current), earlier.clone())
                 if self.generators is not None:
                     self.generators.write()
                 yield
             finally:
-                for owner, name, value in swapped:
+                for owner, name, value in reversed(swapped):
                     owner[name] = value
                 now.write()
 

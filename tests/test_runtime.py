@@ -98,6 +98,41 @@ def test_shared_block() -> None:
     assert_reversible_equals_store(rev, torch.randn(3, 8, dtype=torch.float64))
 
 
+def test_a_buffer_reached_by_two_names_is_put_back() -> None:
+    """Put back first to last, the second name would leave the rerun's copy behind."""
+    rev = rewired(TwoNames(), leaves=["pair"])
+    assert_reversible_equals_store(rev, torch.randn(6, 4, dtype=torch.float64))
+    before = [b.data_ptr() for b in rev.buffers()]
+    rev(torch.randn(6, 4, dtype=torch.float64)).sum().backward()
+    assert [b.data_ptr() for b in rev.buffers()] == before
+
+
+class TwoNames(nn.Module):
+    """Calls a module kept whole, and a module inside it, in one branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+        self.mix = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mix in self.mix:
+            x = x + self.pair.norm(self.pair(mix(x)))
+        return x
+
+
+class Pair(nn.Module):
+    """A batch norm with company."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.scale(torch.tanh(self.norm(x)))
+        return out
+
+
 def test_spectral_norm_moves_its_vectors_once() -> None:
     """Without the copies of buffers from before the forward the rerun iterates once more."""
     model = Net()
