@@ -89,15 +89,8 @@ class _Outliner:
     def arithmetic(self, step: Block) -> list[Node]:
         """The nodes that spell the coupling's step."""
         named = self.flow.by_name
-        inputs = {named[step.current], named[step.previous], named[step.branch]}
-        found: list[Node] = []
-        stack = [named[step.output]]
-        while stack:
-            node = stack.pop()
-            if node not in inputs and node not in found:
-                found.append(node)
-                stack.extend(self.flow.inputs(node))
-        return found
+        inputs = [named[name] for name in (step.current, step.previous, step.branch)]
+        return self.flow.cone(named[step.output], inputs)
 
     def move_constants_inside(self) -> None:
         """What is computed from parameters for one branch alone belongs to that branch."""

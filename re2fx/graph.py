@@ -119,6 +119,18 @@ class Flow:
                 path.append(node)
         return path
 
+    def cone(self, end: Node, stops: Iterable[Node]) -> list[Node]:
+        """The nodes that ``end`` is computed from, itself included, back to ``stops``."""
+        floor, found = set(stops), []
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            if node not in floor:
+                floor.add(node)
+                found.append(node)
+                stack.extend(self.inputs(node))
+        return found
+
     def passengers(
         self, region: Iterable[Node], doors: set[Node]
     ) -> tuple[list[Node], Node | None]:

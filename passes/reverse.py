@@ -1,0 +1,312 @@
+"""Let the backward of a joint graph reconstruct the streams instead of reading stored ones.
+
+    joint graph                           after
+    r1 = fork(p1);  f1 = mlp(r1)          f1 = mlp(p1)
+    p2 = couple(p1, p0, r1, f1, ...)      p2 = p0 + f1
+    ...                                   ...
+    g  = use(tangent, r1, f1)             f1' = mlp(p1');  p0' = p2' - f1';  g = use(tangent, p1', f1')
+
+The blocks of a chain are walked from the last to the first. Forward nodes of a block that the
+backward reads, or that its branch's result needs, are cloned with the stream's state replaced by
+its reconstruction; the backward reads the clones; the clones give the state before. Clones are
+tagged as the backward's, so the partitioner that runs next has nothing to keep of a chain but its
+last two states. What does not depend on the stream (parameters, side inputs, random seeds) is
+shared with the forward. A random operator that would draw anew is paired: the forward keeps the
+generator's state, and the clone runs with it.
+
+Works in place on the graphs of AOTAutograd, any set of decompositions. A chain that was cut into
+several graphs is reversed piece by piece.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from re2fx.aten import Value, emit, is_random, is_tensor, restrided, steps_between, undo
+from re2fx.coupling import Coupling
+from re2fx.marks import COUPLE, LINK, MARKS
+
+
+def reverse(graph: Graph) -> int:
+    """Reverse every marked chain of a joint graph, and turn the marks into arithmetic.
+
+    Args:
+        graph: a joint graph, or the forward of a network that is not trained, in which the marks
+            only become arithmetic.
+
+    Returns:
+        how many blocks the backward reconstructs.
+    """
+    if not any(node.target in MARKS for node in graph.nodes):
+        return 0
+    tangents = [n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)]
+    backward = dependents(tangents)
+    done = sum(Reversal(graph, backward).run(piece) for piece in pieces(graph))
+    for node in list(graph.nodes):
+        if node.target in MARKS:
+            expand(node)
+    sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return done
+
+
+def dependents(nodes: Iterable[Node], stop: Callable[[Node], bool] | None = None) -> set[Node]:
+    """Everything computed from the given nodes, themselves included, up to where ``stop`` says."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and node.op != "output" and not (stop and stop(node)):
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
+# Finding the chains
+
+
+@dataclass(frozen=True)
+class Block:
+    """One step of a chain in the joint graph, read off its mark.
+
+    Attributes:
+        couple: the mark.
+        current: ``p_i``.
+        previous: ``p_{i-1}``.
+        read: what the branch sees of ``p_i``.
+        branch: ``F_i(p_i)``.
+        coupling: the coefficients.
+    """
+
+    couple: Node
+    current: Node
+    previous: Node
+    read: Node
+    branch: Node
+    coupling: Coupling
+
+    @classmethod
+    def of(cls, couple: Node) -> Block:
+        """Read the arguments of a mark."""
+        current, previous, read, branch, *coefficients = couple.args
+        return cls(couple, current, previous, read, branch, Coupling(*coefficients))  # type: ignore[arg-type]
+
+
+def pieces(graph: Graph) -> list[list[Block]]:
+    """The blocks of each chain in order, as far as they lie in this graph."""
+    blocks = {node: Block.of(node) for node in graph.nodes if node.target is COUPLE}
+    following: dict[Node, Block] = {}
+    for block in blocks.values():
+        before = blocks.get(unlinked(block.current))
+        if before is not None and unlinked(block.previous) is before.current:
+            following[before.couple] = block
+    continued = {block.couple for block in following.values()}
+    found = []
+    for block in blocks.values():
+        if block.couple not in continued:
+            piece = [block]
+            while piece[-1].couple in following:
+                piece.append(following[piece[-1].couple])
+            found.append(piece)
+    return found
+
+
+def unlinked(stream: Node) -> Node:
+    """The stream state in front of all shape-only operations that can be undone."""
+    while stream.target is LINK:
+        before, after = stream.args
+        if steps_between(before, after) is None:  # type: ignore[arg-type]
+            break
+        stream = before  # type: ignore[assignment]
+    return stream
+
+
+# Reversing one
+
+IN_BACKWARD = {"partitioner_tag": "must_be_in_backward"}
+
+
+class Reversal:
+    """The walk over one chain, last block first.
+
+    Args:
+        graph: the joint graph.
+        backward: the nodes that depend on a tangent.
+    """
+
+    def __init__(self, graph: Graph, backward: set[Node]) -> None:
+        self.graph, self.backward = graph, backward
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        self.claimed: set[Node] = set()  # forward nodes of the blocks walked so far
+
+    def run(self, piece: list[Block]) -> int:
+        """Reverse the blocks down to the first one the backward reads; return how many."""
+        blocks = piece[::-1]
+        members = [self.members(block) for block in blocks]
+        readers = [self.readers(nodes) for nodes in members]
+        count = max((i + 1 for i, users in enumerate(readers) if users), default=0)
+        following, current = blocks[0].couple, blocks[0].current
+        for index, block in enumerate(blocks[:count]):
+            first = next(users for users in readers[index:] if users)
+            with self.graph.inserting_before(min(first, key=self.position.__getitem__)):
+                if index == 0:
+                    # Another name for a stored state: clones of the last block that read the very
+                    # node the block reads would be merged with it, and the block be stored.
+                    current = emit(self.graph, ALIAS, current, **IN_BACKWARD)
+                last = index == count - 1
+                clones = self.rerun(block, current, members[index], with_branch=not last)
+                if not last:
+                    branch = clones.get(block.branch, block.branch)
+                    following, current = self.step_back(block, following, current, branch)
+        return count
+
+    def members(self, block: Block) -> set[Node]:
+        """Forward nodes of the block: what depends on its stream, and the noise it alone reads."""
+
+        def stop(node: Node) -> bool:
+            elsewhere = node in self.backward or node in self.claimed
+            return elsewhere or node.target is COUPLE or not is_tensor(node)
+
+        found = dependents([block.read], stop)
+        found |= self.noise(found)
+        self.claimed |= found
+        return found
+
+    def noise(self, members: set[Node]) -> set[Node]:
+        """Random values, and what is computed from them, that only these nodes read."""
+        private: set[Node] = set()
+        stack = [source for node in members for source in node.all_input_nodes]
+        while stack:
+            node = stack.pop()
+            if node in private or node in members or not is_tensor(node) or is_seed(node):
+                continue
+            readers = set(node.users) - self.backward
+            if node.op == "call_function" and readers <= members | private:
+                private.add(node)
+                stack.extend(node.all_input_nodes)
+        drawn = [node for node in private if draws(node)]
+        return dependents(drawn, lambda node: node not in private)
+
+    def readers(self, members: set[Node]) -> set[Node]:
+        """Nodes of the backward that read a forward node of the block."""
+        return {user for node in members for user in node.users if user in self.backward}
+
+    def rerun(
+        self, block: Block, current: Node, members: set[Node], with_branch: bool
+    ) -> dict[Node, Node]:
+        """Clone what is needed of the block, let the backward read it; return the clones."""
+        stack = [node for node in members if not self.backward.isdisjoint(node.users)]
+        if with_branch:
+            stack.append(block.branch)
+        needed: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in members and node not in needed and node is not block.read:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        clones = {block.read: current}
+        for node in sorted(needed, key=self.position.__getitem__):
+            if is_random(node):
+                self.repeat(node, clones)
+            else:
+                clones[node] = self.graph.node_copy(node, lambda value: clones.get(value, value))
+                clones[node].meta = {**node.meta, **IN_BACKWARD}
+        for node, clone in clones.items():
+            node.replace_all_uses_with(clone, delete_user_cb=lambda user: user in self.backward)
+        return clones
+
+    def repeat(self, node: Node, clones: dict[Node, Node]) -> None:
+        """A random operator: the forward keeps the generator's state, the backward runs with it."""
+        target, args, kwargs, meta = node.target, node.args, node.kwargs, node.meta
+        with self.graph.inserting_before(node):
+            saving = self.graph.call_function(run_and_save_rng_state, (target, *args), kwargs)
+            state = self.graph.call_function(operator.getitem, (saving, 0))
+            value = self.graph.call_function(operator.getitem, (saving, 1))
+        args, kwargs = map_arg((args, kwargs), lambda value: clones.get(value, value))  # type: ignore[assignment]
+        again = self.graph.call_function(run_with_rng_state, (state, target, *args), kwargs)
+        states = generator_state(meta["val"])
+        for new, val in ((saving, (states, meta["val"])), (state, states), (value, meta["val"])):
+            new.meta = {**meta, "val": val}
+        again.meta = {**meta, **IN_BACKWARD}
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
+        clones[value] = again
+
+    def step_back(
+        self, block: Block, following: Node, current: Node, branch: Node
+    ) -> tuple[Node, Node]:
+        """The reconstructed ``(p_i, p_{i-1})`` in the layout of the block before."""
+        values = [Value(node, IN_BACKWARD) for node in (following, current, branch)]
+        previous = block.coupling.inverse(*values).node
+        previous = restrided(previous, block.previous, **IN_BACKWARD)
+        return unlink(block.current, current), unlink(block.previous, previous)
+
+
+def unlink(stream: Node, value: Node) -> Node:
+    """Undo the shape-only operations between two blocks on a reconstructed state."""
+    while stream.target is LINK:
+        before, after = stream.args
+        for step in reversed(steps_between(before, after) or ()):  # type: ignore[arg-type]
+            value = undo(step, value, **IN_BACKWARD)
+        stream = before  # type: ignore[assignment]
+    return value
+
+
+def is_seed(node: Node) -> bool:
+    """A seed that the compiler drew for one of its operators; a clone gets the same."""
+    return "inductor_lookup_seed" in str(node.target) or "inductor_seed" in str(node.target)
+
+
+def draws(node: Node) -> bool:
+    """Whether an operator makes random numbers, from a generator or from a seed."""
+    return is_random(node) or any(is_seed(source) for source in node.all_input_nodes)
+
+
+def generator_state(result: Any) -> torch.Tensor:
+    """What the state of a generator looks like, for the device of a fake result."""
+    fake = next(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    device = fake.device.type
+    state = torch.get_rng_state() if device == "cpu" else torch.get_device_module(device).get_rng_state()
+    with fake.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(state.shape, dtype=state.dtype)
+
+
+# Afterwards
+
+ALIAS = torch.ops.aten.alias.default
+
+
+def expand(node: Node) -> None:
+    """Replace a mark by what it stands for."""
+    if node.target is COUPLE:
+        block = Block.of(node)
+        meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+        with node.graph.inserting_before(node):
+            values = [Value(n, meta) for n in (block.current, block.previous, block.branch)]
+            result = block.coupling.step(*values).node
+    else:
+        result = node.args[1 if node.target is LINK else 0]
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def sort(graph: Graph) -> None:
+    """Put every node behind its inputs, otherwise in the order they are in."""
+    order: nx.DiGraph[Node] = nx.DiGraph()
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    order.add_nodes_from(position)
+    order.add_edges_from((source, node) for node in position for source in node.all_input_nodes)
+    nodes = list(nx.lexicographical_topological_sort(order, key=position.__getitem__))
+    for before, node in zip(nodes, nodes[1:], strict=False):
+        before.append(node)

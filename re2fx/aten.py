@@ -1,0 +1,135 @@
+"""ATen graphs: writing arithmetic into them, and undoing shape-only operators.
+
+A node of an ATen graph carries a fake tensor under ``meta["val"]``; what is written here does too,
+because the partitioner weighs nodes by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+_RESHAPES = {
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.clone.default,
+    aten.alias.default, aten.contiguous.default, aten._to_copy.default,
+}  # fmt: skip
+
+
+def emit(graph: Graph, target: Any, *args: Any, **meta: Any) -> Node:
+    """Append an operator at the graph's insertion point.
+
+    Args:
+        graph: an ATen graph.
+        target: the operator.
+        args: its arguments, nodes among them.
+        meta: entries of the new node's ``meta``.
+    """
+    node = graph.call_function(target, args)
+    values = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
+    fakes = [v.fake_mode for v in pytree.tree_leaves(values) if hasattr(v, "fake_mode")]
+    with fakes[0]:
+        node.meta = {**meta, "val": target(*values)}
+    return node
+
+
+@dataclass(frozen=True)
+class Value:
+    """A node that understands arithmetic, so that `Coupling` can be written into a graph.
+
+    Attributes:
+        node: the value.
+        meta: entries for the ``meta`` of every node the arithmetic makes.
+    """
+
+    node: Node
+    meta: dict[str, Any]
+
+    def _apply(self, target: Any, other: Any) -> Value:
+        operand = other.node if isinstance(other, Value) else other
+        return Value(emit(self.node.graph, target, self.node, operand, **self.meta), self.meta)
+
+    def __add__(self, other: Any) -> Value:
+        return self._apply(aten.add.Tensor, other)
+
+    def __sub__(self, other: Any) -> Value:
+        return self._apply(aten.sub.Tensor, other)
+
+    def __mul__(self, other: Any) -> Value:
+        return self._apply(aten.mul.Tensor, other)
+
+    def __truediv__(self, other: Any) -> Value:
+        return self._apply(aten.div.Tensor, other)
+
+
+def steps_between(before: Node, after: Node) -> list[Node] | None:
+    """The shape-only operators that make ``after`` of ``before``, or None if there are others."""
+    steps: list[Node] = []
+    node: Any = after
+    while node is not before:
+        known = isinstance(node, Node) and (node.target in _RESHAPES or order(node) is not None)
+        if not known:
+            return None
+        steps.append(node)
+        node = node.args[0]
+    return steps[::-1]
+
+
+def order(node: Node) -> list[int] | None:
+    """Where each dimension of the result comes from, if the operator permutes."""
+    rank = node.meta["val"].dim() if isinstance(node.meta.get("val"), Tensor) else 0
+    dims = list(range(rank))
+    if node.target is aten.permute.default:
+        return [dim % rank for dim in node.args[1]]  # type: ignore[operator,union-attr]
+    if node.target is aten.transpose.int:
+        i, j = (dim % rank for dim in node.args[1:3])  # type: ignore[operator]
+        dims[i], dims[j] = dims[j], dims[i]
+        return dims
+    if node.target is aten.t.default:
+        return dims[::-1]
+    return None
+
+
+def undo(step: Node, value: Node, **meta: Any) -> Node:
+    """What a shape-only operator was given, from what it gave."""
+    graph, permuted = value.graph, order(step)
+    if permuted is not None:
+        inverse = [permuted.index(dim) for dim in range(len(permuted))]
+        return emit(graph, aten.permute.default, value, inverse, **meta)
+    source = step.args[0]
+    assert isinstance(source, Node), "a shape-only operator has an input"
+    sizes = [
+        size if isinstance(size, int) else emit(graph, aten.sym_size.int, source, dim)
+        for dim, size in enumerate(source.meta["val"].shape)
+    ]
+    return emit(graph, aten.reshape.default, value, sizes, **meta)
+
+
+def restrided(value: Node, like: Node, **meta: Any) -> Node:
+    """A reconstructed state in the memory layout it had, where that is known to differ."""
+    have, want = value.meta["val"], like.meta["val"]
+    fixed = all(isinstance(n, int) for n in (*want.shape, *want.stride(), *have.stride()))
+    if not fixed or have.stride() == want.stride() or 0 in want.stride():
+        return value
+    shape, strides = list(want.shape), list(want.stride())
+    empty = emit(value.graph, aten.new_empty_strided.default, value, shape, strides, **meta)
+    return emit(value.graph, aten.copy.default, empty, value, **meta)
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether a node stands for tensors and not for a number."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def is_random(node: Node) -> bool:
+    """Whether an operator draws from a global generator when it runs."""
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags

@@ -1,0 +1,82 @@
+"""Operators that carry the two-stream structure through AOTAutograd, and disappear afterwards.
+
+A compiled network is traced into a joint forward/backward graph of ATen operators, in which nothing
+tells a stream from any other tensor. These operators stand for the places that matter, so that
+`re2fx.passes.reverse` finds them however the graph was decomposed, functionalised or merged::
+
+    read   = fork(p_i)                                     what branch i sees of its stream
+    p_next = couple(p_i, p_prev, read, F_i(read), a, b, c) one step of the coupling
+    after  = link(p_i, permute(p_i))                       a shape-only operation on a stream
+
+They carry all the pass needs to know as arguments, so a graph with marks can be cached by its text.
+Running them gives the same values as the arithmetic they stand for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coupling import Coupling
+
+_library = torch.library.Library("re2fx", "DEF")
+_library.define("fork(Tensor stream) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "couple(Tensor current, Tensor previous, Tensor read, Tensor branch, "
+    "float a, float b, float c) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "link(Tensor before, Tensor after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.impl(_library, "fork", "CompositeExplicitAutograd")
+def _fork(stream: Tensor) -> Tensor:
+    return stream.clone()
+
+
+@torch.library.impl(_library, "couple", "CompositeExplicitAutograd")
+def _couple(
+    current: Tensor, previous: Tensor, read: Tensor, branch: Tensor, a: float, b: float, c: float
+) -> Tensor:
+    result: Tensor = Coupling(a, b, c).step(current, previous, branch)
+    return result
+
+
+@torch.library.impl(_library, "link", "CompositeExplicitAutograd")
+def _link(before: Tensor, after: Tensor) -> Tensor:
+    return after.clone()
+
+
+@torch.library.register_fake("re2fx::fork", lib=_library)
+def _fake_fork(stream: Tensor) -> Tensor:
+    return stream.new_empty_strided(stream.shape, stream.stride())
+
+
+@torch.library.register_fake("re2fx::link", lib=_library)
+def _fake_link(before: Tensor, after: Tensor) -> Tensor:
+    return after.new_empty_strided(after.shape, after.stride())
+
+
+def _couple_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.coefficients = inputs[4:]
+
+
+def _couple_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = [None if k == 0 else grad if k == 1 else grad * k for k in ctx.coefficients]
+    return grads[0], grads[1], None, grads[2], None, None, None
+
+
+torch.library.register_autograd("re2fx::fork", lambda ctx, grad: grad, lib=_library)
+torch.library.register_autograd("re2fx::link", lambda ctx, grad: (None, grad), lib=_library)
+torch.library.register_autograd(
+    "re2fx::couple", _couple_backward, setup_context=_couple_context, lib=_library
+)
+
+FORK = torch.ops.re2fx.fork.default
+COUPLE = torch.ops.re2fx.couple.default
+LINK = torch.ops.re2fx.link.default
+MARKS = (FORK, COUPLE, LINK)
