@@ -11,9 +11,10 @@ a block is its length. Nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from torch import nn
 from torch.fx import Node
 
 from re2fx import ops
@@ -23,9 +24,16 @@ from re2fx.legality import first_refusal
 from re2fx.match import Detection, Match, Term, refuse
 from re2fx.plan import Refusal
 
+Leaves = Sequence[str | type[nn.Module]]
 
-def detect(flow: Flow) -> Detection:
-    """Classify every addition of a normalised graph."""
+
+def detect(flow: Flow, leaves: Leaves = ()) -> Detection:
+    """Classify every addition of a normalised graph.
+
+    Args:
+        flow: the dataflow of the graph.
+        leaves: module paths or classes whose residuals are left alone.
+    """
     found = Detection()
     aliases = Aliases(flow)
     taken: set[Node] = set()
@@ -39,7 +47,7 @@ def detect(flow: Flow) -> Detection:
             classify_other(flow, add, found)
             continue
         taken.update(match.inner)
-        refusal = object_to(flow, match, aliases)
+        refusal = kept_whole(flow, match, leaves) or object_to(flow, match, aliases)
         if refusal is not None:
             found.refusals.append(refusal)
             continue
@@ -49,6 +57,15 @@ def detect(flow: Flow) -> Detection:
     found.refusals.reverse()
     found.misses.sort(key=nearness)
     return found
+
+
+def kept_whole(flow: Flow, match: Match, leaves: Leaves) -> Refusal | None:
+    """The residual lies in a module that the user wants left alone."""
+    stack = (match.add.meta.get("nn_module_stack") or {}).values()
+    for path, kind in stack:
+        if path in leaves or kind in leaves:
+            return refuse(flow, match.add, "leaf", f"leaves=[...] keeps {path} whole")
+    return None
 
 
 def object_to(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:

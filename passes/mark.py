@@ -10,15 +10,17 @@ Values, gradients and random numbers stay the same. A new graph is returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
-from re2fx.graph import Flow, copy_graph
-from re2fx.marks import COUPLE, FORK, LINK
-from re2fx.wiring import Block, Wiring
+from re2fx.coupling import Coupling
+from re2fx.graph import Flow, copy_graph, location
+from re2fx.marks import COUPLE, FORK, LINK, MARKS
+from re2fx.wiring import Block, Link, Wiring
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,17 @@ class Part:
     arithmetic: tuple[Node, ...]
 
 
-def mark(graph: Graph, root: nn.Module, wirings: tuple[Wiring, ...]) -> Graph:
+def mark(
+    graph: Graph, root: nn.Module, wirings: tuple[Wiring, ...], reversible: bool = True
+) -> Graph:
     """Return the graph with marks.
 
     Args:
         graph: a rewired graph; left as it is.
         root: the module its targets are looked up in.
         wirings: where its chains lie.
+        reversible: whether the states may be reconstructed; if not, the marks only say that the
+            graph is rewired already.
     """
     flow = Flow(copy_graph(graph), root, identities=True)
     parts = {block: look_up(flow, block) for wiring in wirings for block in wiring.blocks}
@@ -50,7 +56,7 @@ def mark(graph: Graph, root: nn.Module, wirings: tuple[Wiring, ...]) -> Graph:
     for wiring in wirings:
         for step in wiring.steps:
             if isinstance(step, Block):
-                mark_block(flow, parts[step], marked)
+                mark_block(flow, parts[step], marked, reversible)
                 continue
             for before, names in (
                 (step.current, step.currents),
@@ -76,7 +82,7 @@ def look_up(flow: Flow, step: Block) -> Part:
     return Part(step, tuple(readers), tuple(arithmetic))
 
 
-def mark_block(flow: Flow, part: Part, marked: dict[str, Node]) -> None:
+def mark_block(flow: Flow, part: Part, marked: dict[str, Node], reversible: bool) -> None:
     """A fork in front of the branch, and its coupling as one operator."""
     step, coupling, named = part.step, part.step.coupling, flow.by_name
     current, previous = (marked.get(n, named[n]) for n in (step.current, step.previous))
@@ -87,7 +93,8 @@ def mark_block(flow: Flow, part: Part, marked: dict[str, Node]) -> None:
         reader.replace_input_with(current, fork)
     coefficients = (float(coupling.a), float(coupling.b), float(coupling.c))
     with flow.graph.inserting_before(output):
-        new = create(flow, output, COUPLE, current, previous, fork, branch, *coefficients)
+        streams = (current, previous, fork, branch)
+        new = create(flow, output, COUPLE, *streams, *coefficients, reversible)
     output.replace_all_uses_with(new)
     for node in part.arithmetic:  # from the output back
         flow.graph.erase_node(node)
@@ -108,3 +115,94 @@ def create(flow: Flow, origin: Node, target: Any, *args: Any) -> Node:
     node = flow.graph.call_function(target, args)
     node.meta = {k: v for k, v in origin.meta.items() if k != "example_value"}
     return node
+
+
+def is_marked(graph: Graph) -> bool:
+    """Whether a graph was rewired before it was traced."""
+    return any(node.target in MARKS for node in graph.nodes)
+
+
+@dataclass
+class Chain:
+    """A chain while its marks are taken away.
+
+    Attributes:
+        entry: name of its input.
+        current, previous: the two states so far.
+        steps: blocks and links so far.
+        since: the two states behind the last block.
+        currents, previouses: names of the states after each shape-only operation since then.
+    """
+
+    entry: str
+    current: Node
+    previous: Node
+    steps: list[Block | Link] = field(default_factory=list)
+    since: tuple[str, str] = ("", "")
+    currents: list[str] = field(default_factory=list)
+    previouses: list[str] = field(default_factory=list)
+
+    def block(self, step: Block, output: Node) -> None:
+        """Take up a block, and the link in front of it."""
+        if self.currents:
+            names = tuple(self.currents), tuple(self.previouses)
+            self.steps.append(Link(*self.since, *names))
+        self.currents, self.previouses = [], []
+        self.steps.append(step)
+        self.current, self.previous = output, self.current
+        self.since = (self.current.name, self.previous.name)
+
+
+def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
+    """The graph with plain arithmetic again, and where its chains lie.
+
+    Args:
+        graph: a graph with marks, traced from a rewired module; left as it is.
+    """
+    new = copy_graph(graph)
+    chains: list[Chain] = []
+    for node in list(new.nodes):
+        if node.target is FORK:
+            stream = node.args[0]
+            node.replace_all_uses_with(stream, delete_user_cb=lambda u: u.target is not COUPLE)
+        elif node.target is LINK:
+            unmark_operation(node, chains)
+        elif node.target is COUPLE:
+            unmark_block(node, chains)
+    for node in reversed(new.nodes):
+        if node.target is FORK:
+            new.erase_node(node)
+    new.lint()
+    return new, tuple(Wiring(chain.entry, tuple(chain.steps)) for chain in chains)
+
+
+def unmark_block(node: Node, chains: list[Chain]) -> None:
+    """The coupling's arithmetic instead of its mark."""
+    current, previous, _, branch, *coefficients = node.args[:7]
+    coupling = Coupling(*coefficients)  # type: ignore[arg-type]
+    tracer = GraphAppendingTracer(node.graph)
+    with node.graph.inserting_before(node):
+        values = (Proxy(value, tracer) for value in (current, previous, branch))  # type: ignore[arg-type]
+        output = coupling.step(*values).node
+    node.replace_all_uses_with(output)
+    node.graph.erase_node(node)
+    chain = next((c for c in chains if c.current is current and c.previous is previous), None)
+    if chain is None:
+        chain = Chain(current.name, current, previous)  # type: ignore[union-attr, arg-type]
+        chains.append(chain)
+    names = (current.name, previous.name, branch.name, output.name)  # type: ignore[union-attr]
+    chain.block(Block(*names, coupling, location(node)), output)
+
+
+def unmark_operation(node: Node, chains: list[Chain]) -> None:
+    """A shape-only operation on one of a chain's streams."""
+    before, after = node.args
+    node.replace_all_uses_with(after)  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+    for chain in chains:
+        if chain.current is before:
+            chain.current = after  # type: ignore[assignment]
+            chain.currents.append(after.name)  # type: ignore[union-attr]
+        elif chain.previous is before:
+            chain.previous = after  # type: ignore[assignment]
+            chain.previouses.append(after.name)  # type: ignore[union-attr]

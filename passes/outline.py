@@ -14,8 +14,9 @@ that looks its modules and parameters up on the live root.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 from torch import nn
@@ -43,20 +44,29 @@ class Group:
     ends: list[Node] = field(default_factory=list)
 
 
-def outline(graph: Graph, root: nn.Module, wirings: Sequence[Wiring]) -> Program:
+Compile = Callable[[Graph, str], Callable[..., Any]]
+
+
+def outline(
+    graph: Graph, root: nn.Module, wirings: Sequence[Wiring], compile: Compile = compile_graph
+) -> Program:
     """Make the program of the reversible executor.
 
     Args:
         graph: the rewired graph; left as it is.
         root: the module its targets are looked up in.
         wirings: where its chains lie.
+        compile: makes the functions of branches and segments from their graphs.
     """
-    return _Outliner(graph, root, wirings).run()
+    return _Outliner(graph, root, wirings, compile).run()
 
 
 class _Outliner:
-    def __init__(self, graph: Graph, root: nn.Module, wirings: Sequence[Wiring]) -> None:
+    def __init__(
+        self, graph: Graph, root: nn.Module, wirings: Sequence[Wiring], compile: Compile
+    ) -> None:
         self.flow = Flow(graph, root, identities=True)
+        self.compile = compile
         self.wirings = wirings
         self.groups: dict[Node, Group] = {}
         self.slots: dict[Node, int] = {}
@@ -197,7 +207,7 @@ class _Outliner:
         body = sorted(group.body, key=self.position.__getitem__)
         graph, targets = self.subgraph(body, [current, *sides], branch)
         name = f"{step.location.module or 'the model'} ({step.location})"
-        function = compile_graph(graph, f"branch {step.branch}")
+        function = self.compile(graph, f"branch {step.branch}")
         frame = Reverse(function, step.coupling, Lookup(targets), name)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None
@@ -250,7 +260,7 @@ class _Outliner:
         reads = self.outside(nodes, [])
         output = next((node for node in nodes if node.op == "output"), None)
         graph, _ = self.subgraph([n for n in nodes if n.op != "output"], reads, results, output)
-        function = compile_graph(graph, f"segment {len(self.steps)}")
+        function = self.compile(graph, f"segment {len(self.steps)}")
         outputs = () if output is not None else tuple(map(self.slot, results))
         self.emit(Segment(function, tuple(map(self.slot, reads)), outputs), reads)
 

@@ -99,13 +99,14 @@ class Block:
     @classmethod
     def of(cls, couple: Node) -> Block:
         """Read the arguments of a mark."""
-        current, previous, read, branch, *coefficients = couple.args
+        current, previous, read, branch, *coefficients = couple.args[:7]
         return cls(couple, current, previous, read, branch, Coupling(*coefficients))  # type: ignore[arg-type]
 
 
 def pieces(graph: Graph) -> list[list[Block]]:
     """The blocks of each chain in order, as far as they lie in this graph."""
-    blocks = {node: Block.of(node) for node in graph.nodes if node.target is COUPLE}
+    couples = [node for node in graph.nodes if node.target is COUPLE]
+    blocks = {node: Block.of(node) for node in couples if node.args[7:] != (False,)}
     following: dict[Node, Block] = {}
     for block in blocks.values():
         before = blocks.get(unlinked(block.current))
@@ -277,7 +278,11 @@ def generator_state(result: Any) -> torch.Tensor:
     """What the state of a generator looks like, for the device of a fake result."""
     fake = next(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
     device = fake.device.type
-    state = torch.get_rng_state() if device == "cpu" else torch.get_device_module(device).get_rng_state()
+    state = (
+        torch.get_rng_state()
+        if device == "cpu"
+        else torch.get_device_module(device).get_rng_state()
+    )
     with fake.fake_mode:  # type: ignore[attr-defined]
         return torch.empty(state.shape, dtype=state.dtype)
 

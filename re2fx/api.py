@@ -103,22 +103,36 @@ def transform(
     captured = capture(model, example_inputs, leaves)
     train = rewire_graph(captured.train, model, options)
     eval_ = rewire_graph(captured.eval, model, options)
-    agree(model, train.plan, eval_.plan)
+    agree(type(model).__name__, train.plan, eval_.plan)
     if not train.plan.chains:
         nothing_rewired(model, train.plan, captured, strict)
         return model
     return RewiredModule(model, train, eval_, captured.inputs, captured.constants, memory, outline)
 
 
-def make_plan(graph: Graph, model: nn.Module, activation: str = "branch") -> tuple[Flow, Plan]:
+def make_plan(
+    graph: Graph, model: nn.Module, activation: str = "branch", leaves: Leaves = ()
+) -> tuple[Flow, Plan]:
     """What would be done with a captured graph, and the normalised graph it speaks of."""
     flow = Flow(normalize(graph, model), model)  # one spelling of add, writes as dataflow
-    return flow, chain(flow, detect(flow), activation)  # find skip-adds, group them
+    return flow, chain(flow, detect(flow, leaves), activation)  # find skip-adds, group them
 
 
-def rewire_graph(graph: Graph, model: nn.Module, options: Options) -> Rewired:
-    """The passes in their order."""
-    flow, plan = make_plan(graph, model, options.activation)
+def rewire_graph(graph: Graph, model: nn.Module, options: Options, leaves: Leaves = ()) -> Rewired:
+    """The passes in their order.
+
+    Args:
+        graph: the captured graph; left as it is.
+        model: the module its targets are looked up in.
+        options: how to rewire.
+        leaves: modules to leave alone in a graph that was traced into them.
+    """
+    flow, plan = make_plan(graph, model, options.activation, leaves)
+    return rewire_plan(flow, plan, options)
+
+
+def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
+    """Rewire what was planned."""
     rewired, wirings = rewire(
         flow, plan, options.coupling, options.readout, options.activation
     )  # the two-stream form
@@ -169,7 +183,7 @@ def explain(
     return Explanation(type(model).__name__, plan, captured.leaves)
 
 
-def agree(model: nn.Module, train: Plan, eval_: Plan) -> None:
+def agree(name: str, train: Plan, eval_: Plan) -> None:
     """One function in train and in eval mode, or none at all."""
     if train.signature() == eval_.signature():
         return
@@ -182,7 +196,7 @@ def agree(model: nn.Module, train: Plan, eval_: Plan) -> None:
             f"{count(len(train.chains), 'chain')} in train mode, {len(eval_.chains)} in eval mode"
         )
     raise ModeMismatchError(
-        f"{type(model).__name__} would be rewired differently in train and in eval mode, which "
+        f"{name} would be rewired differently in train and in eval mode, which "
         f"would make two different networks of it: {detail}. Keep the modules that differ whole "
         "with leaves=[...]."
     )

@@ -12,12 +12,15 @@ from .wiring import Wiring
 DRIFT_LIMIT = 1e-2
 
 
-def check_conditioning(model: nn.Module, wirings: tuple[Wiring, ...]) -> None:
+def check_conditioning(
+    model: nn.Module, wirings: tuple[Wiring, ...], name: str | None = None
+) -> None:
     """Refuse couplings whose reconstruction would drown in rounding.
 
     Args:
         model: its parameters' dtype tells the streams', which are fp32 at least.
         wirings: the chains.
+        name: what to call the model, its class by default.
 
     Raises:
         ConditioningError: names the chain, the predicted error and the remedy.
@@ -26,7 +29,7 @@ def check_conditioning(model: nn.Module, wirings: tuple[Wiring, ...]) -> None:
     eps = torch.finfo(torch.float64 if dtypes == {torch.float64} else torch.float32).eps
     for number, wiring in enumerate(wirings):
         drift, coupling = wiring.growth * eps, wiring.blocks[0].coupling
-        where = f"{type(model).__name__}: chain {number} of {len(wiring.blocks)} residuals"
+        where = f"{name or type(model).__name__}: chain {number} of {len(wiring.blocks)} residuals"
         if not all(block.coupling.invertible for block in wiring.blocks):
             raise ConditioningError(
                 f"{where} with coupling {coupling}: b = 0 cannot be inverted. Use a coupling with "

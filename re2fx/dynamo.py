@@ -9,12 +9,10 @@ stands in the user's code. `lower` makes placeholders of them again, in the give
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -93,23 +91,16 @@ def lower(lifted: Lifted, graph: Graph) -> GraphModule:
         lifted: says which placeholders there were.
         graph: a rewritten form of its graph; left as it is.
     """
-    graph = copy_graph(graph)
-    members = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
-    activations = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    first = next(iter(graph.nodes))
-    for name, member in lifted.placeholders:
-        node = (members if member else activations).get(name)
-        with graph.inserting_before(first):
-            new = graph.placeholder(f"re2fx_{name}")
-        if node is not None:
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            if node is first:
-                first = node.next
-            graph.erase_node(node)
-        new._rename(name)
-        new.target = name
-    return GraphModule(lifted.root, graph)
+    new, copies = Graph(), {}
+    named = {name: new.placeholder(name) for name, _ in lifted.placeholders}
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "get_attr" else node.name
+        if node.op in ("placeholder", "get_attr") and name in named:
+            copies[node] = named[name]
+            named[name].meta = dict(node.meta)
+        else:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    return GraphModule(lifted.root, new)
 
 
 def is_member(node: Node, value: Any) -> bool:

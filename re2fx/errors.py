@@ -25,6 +25,10 @@ class NoResidualError(Re2fxError):
     """Nothing can be rewired, and ``strict=True`` asked for an error instead of a warning."""
 
 
+class ChainCutError(Re2fxError):
+    """A graph break lies inside a chain, so its pieces would be rewired as other functions."""
+
+
 class ConditioningError(Re2fxError):
     """A coupling loses more digits over a chain's depth than reconstruction can spare."""
 

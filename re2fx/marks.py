@@ -5,7 +5,8 @@ tells a stream from any other tensor. These operators stand for the places that 
 `re2fx.passes.reverse` finds them however the graph was decomposed, functionalised or merged::
 
     read   = fork(p_i)                                     what branch i sees of its stream
-    p_next = couple(p_i, p_prev, read, F_i(read), a, b, c) one step of the coupling
+    p_next = couple(p_i, p_prev, read, F_i(read), a, b, c) one step of the coupling; with
+                                                           ``reversible=False`` states are stored
     after  = link(p_i, permute(p_i))                       a shape-only operation on a stream
 
 They carry all the pass needs to know as arguments, so a graph with marks can be cached by its text.
@@ -25,12 +26,10 @@ _library = torch.library.Library("re2fx", "DEF")
 _library.define("fork(Tensor stream) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "couple(Tensor current, Tensor previous, Tensor read, Tensor branch, "
-    "float a, float b, float c) -> Tensor",
+    "float a, float b, float c, bool reversible=True) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.define(
-    "link(Tensor before, Tensor after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_library.define("link(Tensor before, Tensor after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl(_library, "fork", "CompositeExplicitAutograd")
@@ -40,7 +39,14 @@ def _fork(stream: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "couple", "CompositeExplicitAutograd")
 def _couple(
-    current: Tensor, previous: Tensor, read: Tensor, branch: Tensor, a: float, b: float, c: float
+    current: Tensor,
+    previous: Tensor,
+    read: Tensor,
+    branch: Tensor,
+    a: float,
+    b: float,
+    c: float,
+    reversible: bool = True,
 ) -> Tensor:
     result: Tensor = Coupling(a, b, c).step(current, previous, branch)
     return result
@@ -62,12 +68,12 @@ def _fake_link(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _couple_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.coefficients = inputs[4:]
+    ctx.coefficients = inputs[4:7]
 
 
 def _couple_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = [None if k == 0 else grad if k == 1 else grad * k for k in ctx.coefficients]
-    return grads[0], grads[1], None, grads[2], None, None, None
+    return grads[0], grads[1], None, grads[2], None, None, None, None
 
 
 torch.library.register_autograd("re2fx::fork", lambda ctx, grad: grad, lib=_library)

@@ -1,0 +1,258 @@
+"""``torch.compile(model, backend="re2fx")``.
+
+Found through the entry point ``torch_dynamo_backends``; nobody needs to import re2fx first. Dynamo's
+graph is lifted, rewired as `re2fx.transform` would rewire the model, and given to an inner compiler
+whose backward reconstructs the streams:
+
+    scope="graph"    the whole graph at once; the joint graph is reversed before it is partitioned
+    scope="region"   the eager executor, with one compiled artifact per distinct branch
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from .api import Explanation, Options, agree, make_plan, rewire_plan
+from .capture import Leaves
+from .codegen import compile_graph
+from .conditioning import check_conditioning
+from .coupling import Coupling, Readout
+from .cuts import check_cuts
+from .dynamo import Lifted, lift, lower
+from .errors import NoResidualError, OptionError, Re2fxError, Re2fxWarning
+from .inner import SCOPES, Inner
+from .module import Memory, Rewired, RewiredModule
+from .origin import Origin, find_origin
+from .passes.mark import is_marked, mark, unmark
+from .passes.outline import outline
+from .passes.reverse import reverse
+from .plan import Plan
+from .program import Program
+from .regions import Regions
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``torch.compile(..., options={...})`` may say.
+
+    Attributes:
+        coupling, readout, activation, memory, leaves, strict: as for `re2fx.transform`.
+        compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        compiler_options: Inductor's settings, what ``options`` is for ``backend="inductor"``.
+        scope: ``"graph"`` compiles forward and backward as wholes; ``"region"`` compiles each
+            distinct branch once, so that compilation does not take longer for deeper networks.
+    """
+
+    coupling: Coupling | None = None
+    readout: Readout = "mean"
+    activation: str = "branch"
+    memory: Memory = "reversible"
+    leaves: Leaves = ()
+    strict: bool = False
+    compiler: str = "inductor"
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+    scope: str = "graph"
+    mode: str | None = None
+
+    @classmethod
+    def read(cls, mode: str | None, options: Mapping[str, Any] | None) -> Settings:
+        """Check names and values before any work is done."""
+        names = [f.name for f in fields(cls) if f.name != "mode"]
+        for name in options or {}:
+            if name not in names:
+                raise OptionError(f"backend 're2fx' has no option {name!r}: {', '.join(names)}")
+        return cls(**(options or {}), mode=mode)
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise OptionError(f"scope={self.scope!r}: expected one of 'graph', 'region'")
+        if self.scope == "region" and self.memory == "store":
+            raise OptionError("scope='region' runs reversibly; memory='store' needs scope='graph'")
+        self.rewiring, self.inner  # both check their own
+
+    @property
+    def rewiring(self) -> Options:
+        """The part that says how to rewire."""
+        coupling = self.coupling or Coupling.re2tal()
+        return Options(coupling, self.readout, self.activation, self.memory)
+
+    @property
+    def inner(self) -> Inner:
+        """The inner compiler."""
+        return Inner(self.compiler, self.mode, self.compiler_options)
+
+    @property
+    def rewires(self) -> bool:
+        """Whether anything is said about the rewiring itself."""
+        default = Settings()
+        names = ("coupling", "readout", "activation", "leaves")
+        return any(getattr(self, name) != getattr(default, name) for name in names)
+
+
+def re2fx(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Function:
+    """Compile one of Dynamo's graphs; the backend function.
+
+    Raises:
+        OptionError: an option is unknown or has a value it cannot take.
+        ChainCutError: the graph is a piece of a chain.
+        ModeMismatchError: the model was rewired otherwise in its other mode.
+        ConditioningError: the coupling loses too many digits over a chain's depth.
+        NoResidualError: nothing can be rewired, with ``strict=True``.
+    """
+    try:
+        return compile_graph_module(module, inputs, Settings.read(mode, options))
+    except Re2fxError as error:
+        if not torch._dynamo.config.suppress_errors:
+            raise
+        # Dynamo would run the network as it was, another function, with a line in a log.
+        return partial(fail, error)
+
+
+def fail(error: Re2fxError, *inputs: Any) -> Any:
+    """Raise an error when the graph is called."""
+    raise error
+
+
+def compile_graph_module(
+    module: GraphModule, inputs: Sequence[Any], settings: Settings
+) -> Function:
+    """The pipeline on one page."""
+    origin = find_origin(module)
+    lifted = lift(module, inputs)
+    if is_marked(lifted.graph) or from_rewired(lifted.graph, origin):
+        return compile_rewired(module, inputs, lifted, origin, settings)
+    options = settings.rewiring
+    flow, plan = make_plan(lifted.graph, lifted.root, options.activation, settings.leaves)
+    check_cuts(flow, plan, origin)
+    check_modes(origin, plan, settings)
+    if not plan.chains:
+        nothing_rewired(origin, plan, settings)
+        return settings.inner.compile(module, inputs, reverse)
+    rewired = rewire_plan(flow, plan, options)
+    if settings.memory == "reversible":
+        check_conditioning(lifted.root, rewired.wirings, origin.name)
+    return run_rewired(lifted, rewired, inputs, settings)
+
+
+def run_rewired(
+    lifted: Lifted, rewired: Rewired, inputs: Sequence[Any], settings: Settings
+) -> Function:
+    """Give a rewired graph to the executor that the settings ask for."""
+    reversible = settings.memory == "reversible"
+    if settings.compiler == "eager" or settings.scope == "region":
+        return Runner.of(lifted, rewired, settings)
+    graph = rewired.graph
+    if reversible:
+        graph = mark(graph, lifted.root, rewired.wirings)
+    return settings.inner.compile(lower(lifted, graph), inputs, reverse)
+
+
+def compile_rewired(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    lifted: Lifted,
+    origin: Origin,
+    settings: Settings,
+) -> Function:
+    """A graph traced from a module that `re2fx.transform` made: nothing is rewired again."""
+    if settings.rewires:
+        raise OptionError(
+            f"{origin.name} is rewired already; coupling, readout, activation and leaves are "
+            "re2fx.transform's to say"
+        )
+    if settings.compiler == "eager" or settings.scope == "region":
+        graph, wirings = unmark(lifted.graph)
+        return Runner.of(lifted, Rewired(graph, Plan(), wirings), settings)
+    return settings.inner.compile(module, inputs, reverse)
+
+
+def from_rewired(graph: Graph, origin: Origin) -> bool:
+    """Whether any node was traced inside a rewired module."""
+    if isinstance(origin.root, RewiredModule):
+        return True
+    kinds = {
+        kind
+        for node in graph.nodes
+        for _, kind in (node.meta.get("nn_module_stack") or {}).values()
+    }
+    return any(isinstance(kind, type) and issubclass(kind, RewiredModule) for kind in kinds)
+
+
+class Runner:
+    """Runs a lifted graph with the eager executor.
+
+    Args:
+        lifted: where the members of a call go.
+        program: branches, links and segments.
+        stored: the same network as one function, for calls without gradients.
+    """
+
+    def __init__(self, lifted: Lifted, program: Program, stored: Function | None) -> None:
+        self.lifted, self.program, self.stored = lifted, program, stored
+
+    @classmethod
+    def of(cls, lifted: Lifted, rewired: Rewired, settings: Settings) -> Runner:
+        """Cut the graph; compile its parts for ``scope="region"``."""
+        graph, root, wirings = rewired.graph, lifted.root, rewired.wirings
+        if settings.compiler == "eager":
+            stored = compile_graph(graph, "stored")
+            program = outline(graph, root, wirings if settings.memory == "reversible" else ())
+            return cls(lifted, program, stored)
+        regions = Regions(root, settings.inner.wrap)
+        return cls(lifted, outline(graph, root, wirings, regions.compile), None)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Take and return what the graph does."""
+        activations = self.lifted.split(inputs)
+        if self.stored is not None and not torch.is_grad_enabled():
+            return self.stored(self.lifted.root, *activations)
+        return self.program.run(self.lifted.root, activations)
+
+
+_plans: WeakKeyDictionary[nn.Module, dict[bool, tuple[Options, Plan]]] = WeakKeyDictionary()
+
+
+def check_modes(origin: Origin, plan: Plan, settings: Settings) -> None:
+    """One function in train and in eval mode, although they are compiled at different times.
+
+    Raises:
+        ModeMismatchError: the other mode of the same model was rewired differently.
+    """
+    root = origin.root
+    if not isinstance(root, nn.Module) or origin.partial:
+        return
+    seen = _plans.setdefault(root, {})
+    options, other = seen.get(not root.training, (settings.rewiring, plan))
+    if options == settings.rewiring:
+        agree(origin.name, *((plan, other) if root.training else (other, plan)))
+    seen[root.training] = (settings.rewiring, plan)
+
+
+def nothing_rewired(origin: Origin, plan: Plan, settings: Settings) -> None:
+    """Say why a whole model stays as it is; a piece of one may well have no residual."""
+    if origin.partial:
+        return
+    text = (
+        f"nothing in {origin.name} can be rewired; it is compiled unchanged.\n"
+        f"{Explanation(origin.name, plan, {})}"
+    )
+    if settings.strict:
+        raise NoResidualError(text)
+    warnings.warn(text, Re2fxWarning, stacklevel=2)
