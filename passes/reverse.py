@@ -4,7 +4,8 @@
     r1 = fork(p1);  f1 = mlp(r1)          f1 = mlp(p1)
     p2 = couple(p1, p0, r1, f1, ...)      p2 = p0 + f1
     ...                                   ...
-    g  = use(tangent, r1, f1)             f1' = mlp(p1');  p0' = p2' - f1';  g = use(tangent, p1', f1')
+    g  = use(tangent, r1, f1)             f1' = mlp(p1');  p0' = p2' - f1'
+                                          g  = use(tangent, p1', f1')
 
 The blocks of a chain are walked from the last to the first. Forward nodes of a block that the
 backward reads, or that its branch's result needs, are cloned with the stream's state replaced by
@@ -23,6 +24,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -313,5 +315,5 @@ def sort(graph: Graph) -> None:
     order.add_nodes_from(position)
     order.add_edges_from((source, node) for node in position for source in node.all_input_nodes)
     nodes = list(nx.lexicographical_topological_sort(order, key=position.__getitem__))
-    for before, node in zip(nodes, nodes[1:], strict=False):
+    for before, node in pairwise(nodes):
         before.append(node)

@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="re2fx")``.
 
-Found through the entry point ``torch_dynamo_backends``; nobody needs to import re2fx first. Dynamo's
-graph is lifted, rewired as `re2fx.transform` would rewire the model, and given to an inner compiler
-whose backward reconstructs the streams:
+Found through the entry point ``torch_dynamo_backends``; nobody needs to import re2fx first. A graph
+from Dynamo is lifted, rewired as `re2fx.transform` would rewire the model, and given to an inner
+compiler whose backward reconstructs the streams:
 
     scope="graph"    the whole graph at once; the joint graph is reversed before it is partitioned
     scope="region"   the eager executor, with one compiled artifact per distinct branch
@@ -79,7 +79,8 @@ class Settings:
             raise OptionError(f"scope={self.scope!r}: expected one of 'graph', 'region'")
         if self.scope == "region" and self.memory == "store":
             raise OptionError("scope='region' runs reversibly; memory='store' needs scope='graph'")
-        self.rewiring, self.inner  # both check their own
+        Options(self.coupling or Coupling.re2tal(), self.readout, self.activation, self.memory)
+        Inner(self.compiler, self.mode, self.compiler_options)
 
     @property
     def rewiring(self) -> Options:
