@@ -18,10 +18,11 @@ from .errors import (
     Re2fxWarning,
 )
 from .graph import Flow
-from .module import MEMORIES, Memory, Rewired, RewiredModule
+from .module import MEMORIES, Executors, Memory, Rewired, RewiredModule
 from .passes.chain import chain
 from .passes.cleanup import cleanup
 from .passes.detect import detect
+from .passes.mark import mark
 from .passes.normalize import normalize
 from .passes.outline import outline
 from .passes.rewire import rewire
@@ -107,7 +108,10 @@ def transform(
     if not train.plan.chains:
         nothing_rewired(model, train.plan, captured, strict)
         return model
-    return RewiredModule(model, train, eval_, captured.inputs, captured.constants, memory, outline)
+    executors = Executors(outline, mark)
+    return RewiredModule(
+        model, train, eval_, captured.inputs, captured.constants, memory, executors
+    )
 
 
 def make_plan(

@@ -18,12 +18,24 @@ from .errors import OptionError
 from .inputs import InputSpec
 from .plan import Plan
 from .program import Program, recording
+from .tracing import traced_for_re2fx
 from .wiring import Wiring
 
 Memory = Literal["reversible", "store"]
 MEMORIES: tuple[str, ...] = get_args(Memory)
 
-Outline = Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
+
+@dataclass(frozen=True)
+class Executors:
+    """What runs a rewired graph besides its own code.
+
+    Attributes:
+        outline: cuts it for the eager executor.
+        mark: writes its streams as marks, for the compiled one.
+    """
+
+    outline: Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
+    mark: Callable[[Graph, nn.Module, tuple[Wiring, ...], bool], Graph]
 
 
 @dataclass(frozen=True)
@@ -62,12 +74,13 @@ class RewiredModule(GraphModule):
         inputs: InputSpec,
         constants: dict[str, torch.Tensor],
         memory: Memory,
-        outline: Outline,
+        executors: Executors,
     ) -> None:
         self._rewired = {True: train, False: eval}
         self._inputs = inputs
-        self._outline = outline
+        self._executors = executors
         self._functions: dict[bool, Callable[..., Any]] = {}
+        self._marked: dict[tuple[bool, bool], Callable[..., Any]] = {}
         self._programs: dict[bool, Program] = {}
         self._live = LiveRoot(model, constants)
         self._lineno_map, self._prologue_start = None, 0  # read by Dynamo
@@ -140,16 +153,29 @@ class RewiredModule(GraphModule):
     def recompile(self) -> Any:
         """Generate the code of both modes anew from their graphs."""
         model = self._live._model
+        self._marked.clear()
         for mode, rewired in self._rewired.items() if "_memory" in self.__dict__ else ():
             self._functions[mode] = compile_graph(rewired.graph, type(model).__name__)
-            self._programs[mode] = self._outline(rewired.graph, model, rewired.wirings)
+            self._programs[mode] = self._executors.outline(rewired.graph, model, rewired.wirings)
         return self.graph.python_code("self")
+
+    def prepare_marks(self) -> None:
+        """Generate the code that `re2fx.backend` traces, with the streams marked."""
+        key, rewired = (self.training, self.memory == "reversible"), self._rewired[self.training]
+        if key not in self._marked:
+            model = self._live._model
+            graph = self._executors.mark(rewired.graph, model, rewired.wirings, key[1])
+            self._marked[key] = compile_graph(graph, f"{type(model).__name__} with marks")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rewired network; takes and returns what the given model does."""
         inputs = self._inputs.flatten(args, kwargs)
-        reverse = self.memory == "reversible" and torch.is_grad_enabled()
-        if (reverse or recording()) and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if traced_for_re2fx(self):
+                marked = self._marked[self.training, self.memory == "reversible"]
+                return marked(self._live, *inputs)
+            return self._functions[self.training](self._live, *inputs)
+        if recording() or (self.memory == "reversible" and torch.is_grad_enabled()):
             return self._programs[self.training].run(self._live, inputs)
         return self._functions[self.training](self._live, *inputs)
 
@@ -176,7 +202,7 @@ class RewiredModule(GraphModule):
             self._inputs,
             self._live._constants,
             self.memory,
-            self._outline,
+            self._executors,
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
         return arguments, extra
@@ -193,7 +219,7 @@ class RewiredModule(GraphModule):
 
 
 _OWN = {
-    "_rewired", "_inputs", "_outline", "_functions", "_programs", "_live", "_memory",
+    "_rewired", "_inputs", "_executors", "_functions", "_marked", "_programs", "_live", "_memory",
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
     "_lineno_map", "_prologue_start",
 }  # fmt: skip

@@ -1,0 +1,75 @@
+"""What a rewired module does while Dynamo traces it, which depends on who will compile the graph.
+
+For ``backend="re2fx"`` it is traced with marks, so that the joint graph can be reversed; for any
+other backend as the plain two-stream program, which stores its activations, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+
+from .errors import Re2fxWarning
+
+BACKEND = "re2fx.backend"
+
+
+def traced_for_re2fx(module: Any) -> bool:
+    """Whether the graph being traced goes to this project's backend; make the marks ready if so.
+
+    Runs once per trace, in Python: Dynamo takes the result as a constant.
+    """
+    output = _output_graph()
+    if output is None:
+        return False
+    if _is_ours(output.compiler_fn):
+        module.prepare_marks()
+        return True
+    if module.memory == "reversible" and torch.is_grad_enabled() and not output.export:
+        warnings.warn(
+            f"{type(module).__name__}: torch.compile with this backend stores the activations of a "
+            "rewired model; only backend='re2fx' reconstructs them. The results are the same. Use "
+            "torch.compile(model, backend='re2fx'), or set model.memory = 'store' to say that this "
+            "is meant.",
+            Re2fxWarning,
+            stacklevel=2,
+        )
+    return False
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler.
+setattr(traced_for_re2fx, "_dynamo_marked_constant", True)
+
+
+def _output_graph() -> Any:
+    """The graph Dynamo is writing in this thread, if it is writing one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output
+    except AttributeError:
+        return None
+
+
+def _is_ours(compiler: Any) -> bool:
+    """Whether a compiler function is the backend, behind torch's wrappers around it."""
+    seen: set[int] = set()
+    stack = [compiler]
+    while stack:
+        value = stack.pop()
+        if value is None or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if getattr(value, "__module__", None) == BACKEND:
+            return True
+        stack += [
+            getattr(value, name, None)
+            for name in ("compiler_fn", "backend_compile_fn", "_torchdynamo_orig_backend")
+        ]
+        stack += [getattr(value, "__wrapped__", None), getattr(value, "__self__", None)]
+        if isinstance(value, partial):
+            stack.append(value.func)
+    return False
