@@ -106,7 +106,7 @@ def match_skip(
     region = flow.between(skip.value, [branch.value for branch in branches])
     if not any(flow.trains(node) for node in region):
         return None
-    return Match(add, skip, branches, inner, tuple(region))
+    return Match(add, skip, branches, inner, tuple(region), tuple(flow.private(region)))
 
 
 def spellings(flow: Flow, add: Node) -> Iterator[tuple[tuple[Term, ...], tuple[Node, ...]]]:

@@ -92,7 +92,8 @@ class _Outliner:
                 path = self.flow.between(named[step.current], [branch])
                 arithmetic = self.arithmetic(step)
                 hanging, _ = self.flow.passengers(path, set(arithmetic))
-                group.body, group.ends = [*path, *hanging], [output]
+                group.body = [*self.flow.private([*path, *hanging]), *path, *hanging]
+                group.ends = [output]
                 members = [*group.body, *arithmetic]
             self.groups.update(dict.fromkeys(members, group))
 

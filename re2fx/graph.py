@@ -42,6 +42,7 @@ class Flow:
         self._shape: set[Node] = set()
         self._constant: set[Node] = set()
         self._parametric: set[Node] = set()
+        self._free: set[Node] = set()  # no activation goes into it
         for node in self.nodes:
             self._visit(node)
 
@@ -55,12 +56,15 @@ class Flow:
             self._users[value].append(node)
         if node.op == "get_attr":
             self._constant.add(node)
+            self._free.add(node)
             if isinstance(lookup(self.root, str(node.target)), nn.Parameter):
                 self._parametric.add(node)
         elif inputs and all(n in self._constant for n in inputs) and node.op != "output":
             self._constant.add(node)
             if any(n in self._parametric for n in inputs) or self._module_trains(node):
                 self._parametric.add(node)
+        if node.op != "placeholder" and all(n in self._free or n in self._shape for n in inputs):
+            self._free.add(node)
         if ops.reads_shape_only(node) or (
             inputs and ops.is_number_op(node) and all(n in self._shape for n in inputs)
         ):
@@ -119,6 +123,29 @@ class Flow:
                 path.append(node)
         return path
 
+    def private(self, region: Iterable[Node]) -> list[Node]:
+        """Values that only a region reads and no activation goes into, in program order.
+
+        Noise of a constant size, for example, and what is computed from it.
+        """
+        inside = set(region)
+        found: set[Node] = set()
+        stack = [value for node in inside for value in self.inputs(node)]
+        while stack:
+            node = stack.pop()
+            if node in inside or node in found or not self._is_source(node):
+                continue
+            if all(user in inside or user in found for user in self.users(node)):
+                found.add(node)
+                stack.extend(self.inputs(node))
+        return sorted(found, key=self.position.__getitem__)
+
+    def _is_source(self, node: Node) -> bool:
+        """Computed, but from numbers, parameters and constants alone, and not one itself."""
+        if node.op in ("placeholder", "get_attr") or node in self._constant or node in self._shape:
+            return False
+        return node in self._free
+
     def cone(self, end: Node, stops: Iterable[Node]) -> list[Node]:
         """The nodes that ``end`` is computed from, itself included, back to ``stops``."""
         floor, found = set(stops), []
@@ -168,11 +195,9 @@ class Flow:
         flow: nx.DiGraph[Node | str] = nx.DiGraph()
         flow.add_node(ROOT)
         for node in self.nodes:
-            if node in self._shape or node in self._constant or node in self._source:
+            if node in self._shape or node in self._free or node in self._source:
                 continue
-            inputs = [
-                n for n in self.inputs(node) if n not in self._shape and n not in self._constant
-            ]
+            inputs = [n for n in self.inputs(node) if n not in self._shape and n not in self._free]
             flow.add_edges_from((n, node) for n in inputs)
             if not inputs:
                 flow.add_edge(ROOT, node)

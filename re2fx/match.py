@@ -39,6 +39,7 @@ class Match:
         branches: the others.
         inner: additions inside the sum, when it has more than two operands.
         region: the nodes between the skip and the branches' ends, in program order.
+        private: values that only the region reads and no activation goes into, such as noise.
         passengers: nodes that hang off the region and go nowhere.
     """
 
@@ -47,6 +48,7 @@ class Match:
     branches: tuple[Term, ...]
     inner: tuple[Node, ...]
     region: tuple[Node, ...]
+    private: tuple[Node, ...] = ()
     passengers: tuple[Node, ...] = ()
 
     @property
@@ -57,7 +59,7 @@ class Match:
 
     def side_inputs(self, flow: Flow) -> list[Node]:
         """Values from outside that the region reads, constants and shapes of the skip left out."""
-        inside = {self.skip.value, *self.region}
+        inside = {self.skip.value, *self.region, *self.private}
         return list(
             dict.fromkeys(
                 value
