@@ -18,7 +18,7 @@ from .errors import OptionError
 from .inputs import InputSpec
 from .plan import Plan
 from .program import Program, recording
-from .tracing import traced_for_re2fx
+from .tracing import register, traced_for_re2fx
 from .wiring import Wiring
 
 Memory = Literal["reversible", "store"]
@@ -83,6 +83,7 @@ class RewiredModule(GraphModule):
         self._marked: dict[tuple[bool, bool], Callable[..., Any]] = {}
         self._programs: dict[bool, Program] = {}
         self._live = LiveRoot(model, constants)
+        self._number = register(self)
         self._lineno_map, self._prologue_start = None, 0  # read by Dynamo
         super().__init__({}, Graph(), type(model).__name__)
         # The same dictionaries, not copies of them.
@@ -171,7 +172,7 @@ class RewiredModule(GraphModule):
         """Run the rewired network; takes and returns what the given model does."""
         inputs = self._inputs.flatten(args, kwargs)
         if torch.compiler.is_compiling():
-            if traced_for_re2fx(self):
+            if traced_for_re2fx(self._number):
                 marked = self._marked[self.training, self.memory == "reversible"]
                 return marked(self._live, *inputs)
             return self._functions[self.training](self._live, *inputs)
@@ -221,7 +222,7 @@ class RewiredModule(GraphModule):
 _OWN = {
     "_rewired", "_inputs", "_executors", "_functions", "_marked", "_programs", "_live", "_memory",
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
-    "_lineno_map", "_prologue_start",
+    "_lineno_map", "_prologue_start", "_number",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ compiled model and the frame being compiled say whether another piece ran before
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import traceback
@@ -82,12 +83,20 @@ def callers() -> tuple[Any, str | None]:
         if file == _CONVERT:
             converting, caller = True, None
         elif converting and file == _ENTRY and "fn" in frame.f_locals:
-            function = frame.f_locals["fn"]
-            return getattr(function, "__self__", function), caller
+            return compiled(frame.f_locals["fn"]), caller
         elif converting and caller is None and runs_model(file):
             caller = f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return None, None
+
+
+def compiled(function: Any) -> Any:
+    """The module behind a bound method, or behind Dynamo's wrapper around torch's own modules."""
+    inner = inspect.unwrap(function)
+    cells = inspect.getclosurevars(inner).nonlocals if inspect.isfunction(inner) else {}
+    if not hasattr(inner, "__self__") and inspect.ismethod(cells.get("fn")):
+        inner = cells["fn"]
+    return getattr(inner, "__self__", inner)
 
 
 def runs_model(file: str) -> bool:

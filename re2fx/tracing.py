@@ -6,9 +6,11 @@ other backend as the plain two-stream program, which stores its activations, wit
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -16,14 +18,27 @@ from .errors import Re2fxWarning
 
 BACKEND = "re2fx.backend"
 
+_numbers = itertools.count()
+_modules: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
-def traced_for_re2fx(module: Any) -> bool:
+
+def register(module: Any) -> int:
+    """A number to call a rewired module by: Dynamo passes numbers, not modules, to Python."""
+    number = next(_numbers)
+    _modules[number] = module
+    return number
+
+
+def traced_for_re2fx(number: int) -> bool:
     """Whether the graph being traced goes to this project's backend; make the marks ready if so.
 
     Runs once per trace, in Python: Dynamo takes the result as a constant.
+
+    Args:
+        number: the module's, from `register`.
     """
-    output = _output_graph()
-    if output is None:
+    output, module = _output_graph(), _modules.get(number)
+    if output is None or module is None:
         return False
     if _is_ours(output.compiler_fn):
         module.prepare_marks()

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import re2fx
 from re2fx.codegen import compile_graph
+from re2fx.module import LiveRoot
 from re2fx.marks import COUPLE, MARKS
 from re2fx.passes.mark import mark
 from re2fx.passes.reverse import reverse
@@ -37,9 +38,12 @@ class Marked(nn.Module):
         self.rev = rev
         self.marked = mark(rewired.graph, rev._live._model, rewired.wirings, reversible)
         self.function = compile_graph(self.marked, "marked")
+        for name, constant in rev._live._constants.items():
+            self.register_buffer(name, constant, persistent=False)
 
     def forward(self, *args: Any) -> Any:
-        return self.function(self.rev._live, *self.rev._inputs.flatten(args, {}))
+        root = LiveRoot(self.rev._live._model, {k: getattr(self, k) for k in self.rev._live._constants})
+        return self.function(root, *self.rev._inputs.flatten(args, {}))
 
 
 @dataclass
@@ -147,7 +151,14 @@ def watch(
         watched.inference.append(module.graph)
         return make_boxed_func(module)
 
-    watched.run = aot_module(marked, keep, keep, partition, inference_compiler=infer)
+    watched.run = aot_module(
+        marked,
+        keep,
+        keep,
+        partition,
+        keep_inference_input_mutations=True,
+        inference_compiler=infer,
+    )
     return watched
 
 
