@@ -151,7 +151,10 @@ class Reversal:
     def __init__(self, graph: Graph, backward: set[Node]) -> None:
         self.graph, self.backward = graph, backward
         self.position = {node: index for index, node in enumerate(graph.nodes)}
+        marks = [node for node in graph.nodes if node.target in MARKS]
+        self.streamed = dependents(marks, backward.__contains__)
         self.claimed: set[Node] = set()  # forward nodes of the blocks walked so far
+        self.seen: set[Node] = set()  # where random numbers were looked for
 
     def run(self, piece: list[Block]) -> int:
         """Reverse the blocks down to the first one the backward reads; return how many."""
@@ -164,15 +167,21 @@ class Reversal:
             first = next(users for users in readers[index:] if users)
             with self.graph.inserting_before(min(first, key=self.position.__getitem__)):
                 if index == 0:
-                    # Another name for a stored state: clones of the last block that read the very
-                    # node the block reads would be merged with it, and the block be stored.
-                    current = emit(self.graph, ALIAS, current, **IN_BACKWARD)
+                    current = self.another_name(current)
                 last = index == count - 1
                 clones = self.rerun(block, current, members[index], with_branch=not last)
                 if not last:
                     branch = clones.get(block.branch, block.branch)
                     following, current = self.step_back(block, following, current, branch)
         return count
+
+    def another_name(self, node: Node) -> Node:
+        """What clones read instead of the very node that their originals read.
+
+        The partitioner merges common subexpressions: with equal inputs, a clone would become its
+        original again and be stored.
+        """
+        return emit(self.graph, ALIAS, node, **IN_BACKWARD)
 
     def members(self, block: Block) -> set[Node]:
         """Forward nodes of the block: what depends on its stream, and the noise it alone reads."""
@@ -182,24 +191,32 @@ class Reversal:
             return elsewhere or node.target is COUPLE or not is_tensor(node)
 
         found = dependents([block.read], stop)
-        found |= self.noise(found)
         self.claimed |= found
-        return found
+        return found | self.noise(found)
 
     def noise(self, members: set[Node]) -> set[Node]:
-        """Random values, and what is computed from them, that only these nodes read."""
-        private: set[Node] = set()
+        """Random values that only these nodes read, and what is computed from nothing else."""
+        found: set[Node] = set()
+        for draw in self.draws_behind(members):
+            reached = dependents([draw], lambda n: n in self.backward or n in members)
+            if reached.isdisjoint(self.streamed):
+                found |= reached
+        return found
+
+    def draws_behind(self, members: set[Node]) -> list[Node]:
+        """Operators that make random numbers for these nodes, whatever their stream is."""
+        found = []
         stack = [source for node in members for source in node.all_input_nodes]
         while stack:
             node = stack.pop()
-            if node in private or node in members or not is_tensor(node) or is_seed(node):
+            if node in self.seen or node in self.streamed or node.op != "call_function":
                 continue
-            readers = set(node.users) - self.backward
-            if node.op == "call_function" and readers <= members | private:
-                private.add(node)
+            self.seen.add(node)
+            if draws(node):
+                found.append(node)
+            else:
                 stack.extend(node.all_input_nodes)
-        drawn = [node for node in private if draws(node)]
-        return dependents(drawn, lambda node: node not in private)
+        return found
 
     def readers(self, members: set[Node]) -> set[Node]:
         """Nodes of the backward that read a forward node of the block."""
@@ -223,6 +240,8 @@ class Reversal:
             if is_random(node):
                 self.repeat(node, clones)
             else:
+                for seed in filter(is_seed, node.all_input_nodes):
+                    clones[seed] = self.another_name(seed)
                 clones[node] = self.graph.node_copy(node, lambda value: clones.get(value, value))
                 clones[node].meta = {**node.meta, **IN_BACKWARD}
         for node, clone in clones.items():

@@ -87,9 +87,9 @@ def order(node: Node) -> list[int] | None:
     rank = node.meta["val"].dim() if isinstance(node.meta.get("val"), Tensor) else 0
     dims = list(range(rank))
     if node.target is aten.permute.default:
-        return [dim % rank for dim in node.args[1]]  # type: ignore[operator,union-attr]
+        return [int(dim) % rank for dim in node.args[1]]  # type: ignore
     if node.target is aten.transpose.int:
-        i, j = (dim % rank for dim in node.args[1:3])  # type: ignore[operator]
+        i, j = (int(dim) % rank for dim in node.args[1:3])  # type: ignore
         dims[i], dims[j] = dims[j], dims[i]
         return dims
     if node.target is aten.t.default:
@@ -130,6 +130,21 @@ def is_tensor(node: Node) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """Whether an operator draws from a global generator when it runs."""
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
+    """Whether an operator draws from a global generator when it runs.
+
+    Fused attention is tagged as random for its dropout, which is mostly off.
+    """
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(
+        node.target, "tags", ()
+    ):
+        return False
+    return argument(node, "dropout_p") != 0
+
+
+def argument(node: Node, name: str) -> Any:
+    """An argument of an operator by its name in the schema, its default if it is not given."""
+    for index, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if declared.name == name:
+            given = node.args[index] if index < len(node.args) else declared.default_value
+            return node.kwargs.get(name, given)
+    return None

@@ -139,17 +139,25 @@ def compile_graph_module(
     lifted = lift(module, inputs)
     if is_marked(lifted.graph) or from_rewired(lifted.graph, origin):
         return compile_rewired(module, inputs, lifted, origin, settings)
+    rewired = rewire_lifted(lifted, origin, settings)
+    if rewired is None:
+        return settings.inner.compile(module, inputs, reverse)
+    return run_rewired(lifted, rewired, inputs, settings)
+
+
+def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired | None:
+    """Rewire a graph as `re2fx.transform` would, or say that there is nothing to rewire."""
     options = settings.rewiring
     flow, plan = make_plan(lifted.graph, lifted.root, options.activation, settings.leaves)
     check_cuts(flow, plan, origin)
     check_modes(origin, plan, settings)
     if not plan.chains:
         nothing_rewired(origin, plan, settings)
-        return settings.inner.compile(module, inputs, reverse)
+        return None
     rewired = rewire_plan(flow, plan, options)
     if settings.memory == "reversible":
         check_conditioning(lifted.root, rewired.wirings, origin.name)
-    return run_rewired(lifted, rewired, inputs, settings)
+    return rewired
 
 
 def run_rewired(

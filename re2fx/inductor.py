@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from functorch.compile import min_cut_rematerialization_partition
+from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import (
+    CustomGraphPass,
+    CustomPartitionerFn,
+    get_hash_for_files,
+)
 from torch.fx import Graph, GraphModule
 
 _HERE = Path(__file__).parent
@@ -53,3 +60,59 @@ def compile_with_inductor(
     patches = {**patches, "joint_custom_post_pass": ReversePass(reverse, before)}
     result: Callable[..., Any] = compile_fx(module, list(inputs), config_patches=patches)
     return result
+
+
+class KeepingPartitioner(CustomPartitionerFn):  # type: ignore[misc]
+    """The stock partitioner, which also keeps copies of what it made."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[GraphModule, GraphModule, int] | None = None
+
+    def __call__(
+        self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        """Split the joint graph."""
+        forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        outputs = kwargs["num_fwd_outputs"]
+        self.kept = copy.deepcopy(forward), copy.deepcopy(backward), outputs
+        return forward, backward
+
+    def uuid(self) -> Any:
+        """No caching: a hit would keep nothing."""
+        return None
+
+
+def partition_with_inductor(
+    module: GraphModule, inputs: Sequence[Any], reverse: Callable[[Graph], int]
+) -> tuple[GraphModule, GraphModule, int, int] | None:
+    """The graphs Inductor would compile for a training step, and how many blocks are reversed.
+
+    Returns:
+        forward, backward, the number of the forward's results that are not saved values, and of
+        reversed blocks; None if nothing needs a gradient.
+    """
+    blocks = 0
+
+    def counting(graph: Graph) -> int:
+        nonlocal blocks
+        blocks += reverse(graph)
+        return blocks
+
+    partitioner = KeepingPartitioner()
+    patches = {
+        "joint_custom_post_pass": ReversePass(counting, config.joint_custom_post_pass),
+        "custom_partitioner_fn": partitioner,
+        "fx_graph_cache": False,
+    }
+    with functorch_config.patch(enable_autograd_cache=False):
+        compile_fx(module, list(inputs), inner_compile=_nothing, config_patches=patches)
+    return None if partitioner.kept is None else (*partitioner.kept, blocks)
+
+
+def _nothing(module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """An inner compiler for graphs that are only looked at."""
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("this graph was made to be read")
+
+    return never

@@ -16,7 +16,7 @@ import torch
 
 from .errors import Re2fxWarning
 
-BACKEND = "re2fx.backend"
+BACKENDS = ("re2fx.backend", "re2fx.emit")
 
 _numbers = itertools.count()
 _modules: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -30,7 +30,7 @@ def register(module: Any) -> int:
 
 
 def traced_for_re2fx(number: int) -> bool:
-    """Whether the graph being traced goes to this project's backend; make the marks ready if so.
+    """Whether the graph being traced goes to this project's backend, or to `re2fx.emit`; make the marks ready if so.
 
     Runs once per trace, in Python: Dynamo takes the result as a constant.
 
@@ -78,7 +78,7 @@ def _is_ours(compiler: Any) -> bool:
         if value is None or id(value) in seen:
             continue
         seen.add(id(value))
-        if getattr(value, "__module__", None) == BACKEND:
+        if getattr(value, "__module__", None) in BACKENDS:
             return True
         stack += [
             getattr(value, name, None)
