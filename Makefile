@@ -1,6 +1,6 @@
 # make demo    set up and run the main job on real data
 # make test    set up, lint, check types and run the tests
-# make bench   set up and run every benchmark (about 25 minutes on two cores), render the results
+# make bench   set up and run every benchmark (about 45 minutes on two cores), render the results
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.depth
 	$(BIN)/python -m benchmarks.demo --save
+	$(BIN)/python -m benchmarks.compiled
 	$(BIN)/python -m benchmarks.render
 
 render: $(VENV)/.installed

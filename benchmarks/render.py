@@ -25,7 +25,14 @@ from .tables import TEXTS, Data
 
 README = Path(__file__).parents[1] / "README.md"
 
-COLORS = {"plain": "#8a8a8a", "checkpoint": "#d1803b", "re2fx": "#1f6fb4"}
+COLORS = {
+    "plain": "#8a8a8a",
+    "checkpoint": "#d1803b",
+    "re2fx": "#1f6fb4",
+    "budget": "#4f9a5f",
+    "re2fx graph": "#1f6fb4",
+    "re2fx region": "#7b5ea7",
+}
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -130,10 +137,59 @@ def plot_demo(data: Data) -> Figure:
     return figure
 
 
+def trade(axes: Axes, rows: Sequence[Data], key: str, title: str) -> None:
+    """Step time against bytes: the partitioner's budgets as a curve, the others as points."""
+    known = [row for row in rows if row[key] is not None]
+    curve = [row for row in known if row["contender"].split()[0] in ("plain", "budget")]
+    curve.sort(key=lambda row: row[key])
+    xs, ys = [row[key] / 2**20 for row in curve], [row["over_plain"] for row in curve]
+    axes.plot(xs, ys, "o-", color=COLORS["budget"], markersize=3.5, linewidth=1.5)
+    for row in known:
+        name, point = row["contender"], (row[key] / 2**20, row["over_plain"])
+        color = COLORS[name.split()[0] if row in curve else name]
+        if row not in curve or name == "plain":
+            axes.plot(*point, "o", color=color, markersize=6)
+        axes.annotate(
+            name,
+            point,
+            xytext=(4, -11 if row in curve else 5),
+            textcoords="offset points",
+            color=color,
+            fontsize=7.5,
+            annotation_clip=False,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.margins(x=0.15, y=0.2)
+    axes.set_xlabel("MiB")
+    axes.set_title(title)
+
+
+def plot_compiled(data: Data) -> Figure:
+    """Step time against what is kept and against the peak; compile time against depth."""
+    figure, (kept, peak, cold) = pyplot.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
+    trade(kept, data["rows"], "kept", "step time against plain; kept for backward")
+    trade(peak, data["rows"], "peak", "step time against plain; process peak")
+    ends = {}
+    for name in dict.fromkeys(row["contender"] for row in data["cold"]):
+        own = [row for row in data["cold"] if row["contender"] == name]
+        xs, ys = [row["layers"] for row in own], [row["compile"] for row in own]
+        cold.plot(xs, ys, "o-", color=COLORS[name], markersize=3.5, linewidth=1.5)
+        ends[name] = ys[-1]
+    cold.set_xlim(0, None)
+    cold.set_ylim(0, None)
+    cold.set_xlabel("layers")
+    cold.set_title("compile time with empty caches, s")
+    label_ends(cold, ends, max(row["layers"] for row in data["cold"]))
+    return figure
+
+
 PLOTS: dict[str, Callable[[Data], Figure]] = {
     "depth": plot_depth,
     "scale": plot_scale,
     "demo": plot_demo,
+    "compiled": plot_compiled,
 }
 
 

@@ -34,11 +34,11 @@ def machine(data: Data) -> str:
     )
 
 
-def by_depth(rows: Sequence[Data]) -> dict[int, dict[str, Data]]:
-    """Rows by number of residuals and contender."""
+def by_depth(rows: Sequence[Data], key: str = "residuals") -> dict[int, dict[str, Data]]:
+    """Rows by number of residuals (or another key) and contender."""
     found: dict[int, dict[str, Data]] = {}
     for row in rows:
-        found.setdefault(row["residuals"], {})[row["contender"]] = row
+        found.setdefault(row[key], {})[row["contender"]] = row
     return found
 
 
@@ -120,10 +120,43 @@ def text_demo(data: Data) -> str:
     )
 
 
+def text_compiled(data: Data) -> str:
+    """The README's tables of compiled training: what it keeps and takes, and compile times."""
+    setup, small = data["setup"], data["setup"]["cold"]
+    rows = [
+        (
+            row["contender"],
+            f"{row['kept'] / 2**20:.1f}",
+            "unknown" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}",
+            f"{row['median_seconds']:.2f}",
+            f"{row['over_plain']:.3f}",
+            f"{row['over_checkpoint']:.3f}",
+        )
+        for row in data["rows"]
+    ]
+    head = ("training", "kept, MiB", "process peak, MiB", "step, s", "/ plain", "/ checkpoint")
+    cold = by_depth(data["cold"], "layers")
+    order = list(dict.fromkeys(row["contender"] for row in data["cold"]))
+    times = [
+        (str(layers), *(f"{own[name]['compile']:.0f}" for name in order))
+        for layers, own in cold.items()
+    ]
+    return (
+        f"{setup['model']}, {setup['layers']} layers, {2 * setup['layers']} residuals, of width "
+        f"{setup['width']}, batch {setup['batch']}, {setup['tokens']} tokens. The peak is above "
+        f"the model, its gradients of {setup['gradients'] / 2**20:.0f} MiB included.\n\n"
+        f"{table(head, rows)}\n\n{verdicts(data)}\n\n"
+        f"Seconds to compile forward and backward with empty caches, {small['tokens']} tokens of "
+        f"width {small['width']}:\n\n"
+        f"{table(('layers', *order), times)}\n\n{setup['cpp_compiler']}; {machine(data)}"
+    )
+
+
 # README block, the result file it is made from, and how.
 TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "headline": ("depth", text_headline),
     "depth": ("depth", text_depth),
     "scale": ("scale", text_scale),
     "demo": ("demo", text_demo),
+    "compiled": ("compiled", text_compiled),
 }

@@ -178,31 +178,33 @@ def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
 
 def unmark_block(node: Node, chains: list[Chain]) -> None:
     """The coupling's arithmetic instead of its mark."""
-    current, previous, _, branch, *coefficients = node.args[:7]
-    coupling = Coupling(*coefficients)  # type: ignore[arg-type]
+    arguments: Any = node.args
+    current, previous, _, branch, *coefficients = arguments[:7]
+    coupling = Coupling(*coefficients)
     tracer = GraphAppendingTracer(node.graph)
     with node.graph.inserting_before(node):
-        values = (Proxy(value, tracer) for value in (current, previous, branch))  # type: ignore[arg-type]
+        values = (Proxy(value, tracer) for value in (current, previous, branch))
         output = coupling.step(*values).node
     node.replace_all_uses_with(output)
     node.graph.erase_node(node)
     chain = next((c for c in chains if c.current is current and c.previous is previous), None)
     if chain is None:
-        chain = Chain(current.name, current, previous)  # type: ignore[union-attr, arg-type]
+        chain = Chain(current.name, current, previous)
         chains.append(chain)
-    names = (current.name, previous.name, branch.name, output.name)  # type: ignore[union-attr]
+    names = (current.name, previous.name, branch.name, output.name)
     chain.block(Block(*names, coupling, location(node)), output)
 
 
 def unmark_operation(node: Node, chains: list[Chain]) -> None:
     """A shape-only operation on one of a chain's streams."""
-    before, after = node.args
-    node.replace_all_uses_with(after)  # type: ignore[arg-type]
+    arguments: Any = node.args
+    before, after = arguments
+    node.replace_all_uses_with(after)
     node.graph.erase_node(node)
     for chain in chains:
         if chain.current is before:
-            chain.current = after  # type: ignore[assignment]
-            chain.currents.append(after.name)  # type: ignore[union-attr]
+            chain.current = after
+            chain.currents.append(after.name)
         elif chain.previous is before:
-            chain.previous = after  # type: ignore[assignment]
-            chain.previouses.append(after.name)  # type: ignore[union-attr]
+            chain.previous = after
+            chain.previouses.append(after.name)

@@ -101,8 +101,9 @@ class Block:
     @classmethod
     def of(cls, couple: Node) -> Block:
         """Read the arguments of a mark."""
-        current, previous, read, branch, *coefficients = couple.args[:7]
-        return cls(couple, current, previous, read, branch, Coupling(*coefficients))  # type: ignore[arg-type]
+        arguments: Any = couple.args
+        current, previous, read, branch, *coefficients = arguments[:7]
+        return cls(couple, current, previous, read, branch, Coupling(*coefficients))
 
 
 def pieces(graph: Graph) -> list[list[Block]]:
@@ -128,10 +129,10 @@ def pieces(graph: Graph) -> list[list[Block]]:
 def unlinked(stream: Node) -> Node:
     """The stream state in front of all shape-only operations that can be undone."""
     while stream.target is LINK:
-        before, after = stream.args
-        if steps_between(before, after) is None:  # type: ignore[arg-type]
+        marked: Any = stream.args
+        if steps_between(*marked) is None:
             break
-        stream = before  # type: ignore[assignment]
+        stream = marked[0]
     return stream
 
 
@@ -212,6 +213,8 @@ class Reversal:
             if node in self.seen or node in self.streamed or node.op != "call_function":
                 continue
             self.seen.add(node)
+            if is_random(node) and is_small(node):
+                continue  # the numbers take less memory than the state of their generator
             if draws(node):
                 found.append(node)
             else:
@@ -250,13 +253,15 @@ class Reversal:
 
     def repeat(self, node: Node, clones: dict[Node, Node]) -> None:
         """A random operator: the forward keeps the generator's state, the backward runs with it."""
-        target, args, kwargs, meta = node.target, node.args, node.kwargs, node.meta
+        args: Any = (node.target, *node.args)
+        kwargs: Any = node.kwargs
+        meta = node.meta
         with self.graph.inserting_before(node):
-            saving = self.graph.call_function(run_and_save_rng_state, (target, *args), kwargs)
+            saving = self.graph.call_function(run_and_save_rng_state, args, kwargs)
             state = self.graph.call_function(operator.getitem, (saving, 0))
             value = self.graph.call_function(operator.getitem, (saving, 1))
-        args, kwargs = map_arg((args, kwargs), lambda value: clones.get(value, value))  # type: ignore[assignment]
-        again = self.graph.call_function(run_with_rng_state, (state, target, *args), kwargs)
+        args, kwargs = map_arg((args, kwargs), lambda value: clones.get(value, value))
+        again = self.graph.call_function(run_with_rng_state, (state, *args), kwargs)
         states = generator_state(meta["val"])
         for new, val in ((saving, (states, meta["val"])), (state, states), (value, meta["val"])):
             new.meta = {**meta, "val": val}
@@ -278,10 +283,10 @@ class Reversal:
 def unlink(stream: Node, value: Node) -> Node:
     """Undo the shape-only operations between two blocks on a reconstructed state."""
     while stream.target is LINK:
-        before, after = stream.args
-        for step in reversed(steps_between(before, after) or ()):  # type: ignore[arg-type]
+        marked: Any = stream.args
+        for step in reversed(steps_between(*marked) or ()):
             value = undo(step, value, **IN_BACKWARD)
-        stream = before  # type: ignore[assignment]
+        stream = marked[0]
     return value
 
 
@@ -293,6 +298,13 @@ def is_seed(node: Node) -> bool:
 def draws(node: Node) -> bool:
     """Whether an operator makes random numbers, from a generator or from a seed."""
     return is_random(node) or any(is_seed(source) for source in node.all_input_nodes)
+
+
+def is_small(node: Node) -> bool:
+    """Whether random numbers are no bigger than the state of the generator they come from."""
+    value, state = node.meta["val"], generator_state(node.meta["val"])
+    known = isinstance(value, torch.Tensor) and isinstance(value.numel(), int)
+    return known and value.numel() * value.element_size() <= state.numel()
 
 
 def generator_state(result: Any) -> torch.Tensor:

@@ -1,13 +1,16 @@
 """Rewire pretrained residual networks and train them on reconstructed activations.
 
 ``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
-the streams of a call.
+the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, backend="re2fx")``
+compiles.
 """
 
 from .api import Explanation, explain, transform
 from .coupling import Coupling
+from .emitted import Emitted, emit
 from .errors import (
     CaptureError,
+    ChainCutError,
     ConditioningError,
     InputError,
     ModeMismatchError,
@@ -27,8 +30,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Chain",
+    "ChainCutError",
     "ConditioningError",
     "Coupling",
+    "Emitted",
     "Explanation",
     "InputError",
     "Location",
@@ -43,6 +48,7 @@ __all__ = [
     "Residual",
     "RewiredModule",
     "StreamError",
+    "emit",
     "explain",
     "record",
     "transform",

@@ -138,7 +138,7 @@ def is_random(node: Node) -> bool:
         node.target, "tags", ()
     ):
         return False
-    return argument(node, "dropout_p") != 0
+    return bool(argument(node, "dropout_p") != 0)
 
 
 def argument(node: Node, name: str) -> Any:

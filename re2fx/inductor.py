@@ -24,7 +24,7 @@ _SOURCES = tuple(
 )
 
 
-class ReversePass(CustomGraphPass):  # type: ignore[misc]
+class ReversePass(CustomGraphPass):
     """The joint-graph pass behind Inductor's own, and behind a pass the user has set.
 
     All it needs is in the graph, so Inductor's caches may keep what it made.
@@ -58,21 +58,22 @@ def compile_with_inductor(
     """Compile with the pass; Inductor's settings hold for this compilation only."""
     before = patches.get("joint_custom_post_pass", config.joint_custom_post_pass)
     patches = {**patches, "joint_custom_post_pass": ReversePass(reverse, before)}
-    result: Callable[..., Any] = compile_fx(module, list(inputs), config_patches=patches)
-    return result
+    result: Any = compile_fx(module, list(inputs), config_patches=patches)
+    compiled: Callable[..., Any] = result
+    return compiled
 
 
-class KeepingPartitioner(CustomPartitionerFn):  # type: ignore[misc]
+class KeepingPartitioner(CustomPartitionerFn):
     """The stock partitioner, which also keeps copies of what it made."""
 
     def __init__(self) -> None:
         self.kept: tuple[GraphModule, GraphModule, int] | None = None
 
     def __call__(
-        self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+        self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
         """Split the joint graph."""
-        forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         outputs = kwargs["num_fwd_outputs"]
         self.kept = copy.deepcopy(forward), copy.deepcopy(backward), outputs
         return forward, backward

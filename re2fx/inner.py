@@ -81,7 +81,7 @@ class Inner:
         modes = inductor.list_mode_options()
         if self.mode is not None and self.mode not in modes:
             raise OptionError(f"mode={self.mode!r}: expected one of {_listed(modes)}")
-        known = config.get_config_copy()  # type: ignore[attr-defined]
+        known = config.get_config_copy()
         options = {key.replace("-", "_"): value for key, value in self.options.items()}
         for key in options:
             if key not in known:

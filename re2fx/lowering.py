@@ -2,7 +2,7 @@
 
 Inductor's own lowering, fusion and scheduling run; code generation does not. On a GPU each
 generated kernel is a Triton kernel, on a CPU a C++ loop nest. Imports the compiler; only
-`re2fx.emit` imports this.
+`re2fx.emitted` imports this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch.fx import GraphModule
 
 if TYPE_CHECKING:
-    from .emit import Halves
+    from .emitted import Halves
 
 
 @dataclass(frozen=True)

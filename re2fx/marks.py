@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .coupling import Coupling
 
-_library = torch.library.Library("re2fx", "DEF")
+# torch.library is not typed.
+_library: Any = torch.library.Library("re2fx", "DEF")  # type: ignore[no-untyped-call]
 _library.define("fork(Tensor stream) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "couple(Tensor current, Tensor previous, Tensor read, Tensor branch, "
@@ -57,12 +58,10 @@ def _link(before: Tensor, after: Tensor) -> Tensor:
     return after.clone()
 
 
-@torch.library.register_fake("re2fx::fork", lib=_library)
 def _fake_fork(stream: Tensor) -> Tensor:
     return stream.new_empty_strided(stream.shape, stream.stride())
 
 
-@torch.library.register_fake("re2fx::link", lib=_library)
 def _fake_link(before: Tensor, after: Tensor) -> Tensor:
     return after.new_empty_strided(after.shape, after.stride())
 
@@ -76,6 +75,8 @@ def _couple_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grads[0], grads[1], None, grads[2], None, None, None, None
 
 
+torch.library.register_fake("re2fx::fork", _fake_fork, lib=_library)
+torch.library.register_fake("re2fx::link", _fake_link, lib=_library)
 torch.library.register_autograd("re2fx::fork", lambda ctx, grad: grad, lib=_library)
 torch.library.register_autograd("re2fx::link", lambda ctx, grad: (None, grad), lib=_library)
 torch.library.register_autograd(

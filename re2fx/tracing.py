@@ -16,7 +16,7 @@ import torch
 
 from .errors import Re2fxWarning
 
-BACKENDS = ("re2fx.backend", "re2fx.emit")
+BACKENDS = ("re2fx.backend", "re2fx.emitted")
 
 _numbers = itertools.count()
 _modules: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -30,8 +30,9 @@ def register(module: Any) -> int:
 
 
 def traced_for_re2fx(number: int) -> bool:
-    """Whether the graph being traced goes to this project's backend, or to `re2fx.emit`; make the marks ready if so.
+    """Whether the graph being traced goes to this project's backend or to `re2fx.emit`.
 
+    If so, the module's code with marks is made ready.
     Runs once per trace, in Python: Dynamo takes the result as a constant.
 
     Args:
