@@ -327,7 +327,8 @@ def show(
     console.print(table, times)
     for goal in goals:
         verdict = "met" if goal["met"] else "MISSED"
-        console.print(f"{goal['claim']}: {goal['value']:.3f} (at most {goal['limit']}): {verdict}")
+        line = f"{goal['claim']}: {goal['value']:.3f} (at most {goal['limit']}): {verdict}"
+        console.print(line, soft_wrap=True)
 
 
 def compiler_version() -> str:
@@ -384,7 +385,7 @@ def main() -> None:
         "tokens": shape.tokens,
         "gradients": shape.gradients,
         "rounds": options.rounds,
-        "cold": {**asdict(small), "tokens": small.tokens},
+        "cold": {"width": small.width, "heads": small.heads, "tokens": small.tokens},
         "cpp_compiler": compiler_version(),
     }
     results = {"targets": goals, "equal_bytes": pairs, "rows": rows, "cold": cold}

@@ -139,29 +139,26 @@ def plot_demo(data: Data) -> Figure:
 
 def trade(axes: Axes, rows: Sequence[Data], key: str, title: str) -> None:
     """Step time against bytes: the partitioner's budgets as a curve, the others as points."""
-    known = [row for row in rows if row[key] is not None]
-    curve = [row for row in known if row["contender"].split()[0] in ("plain", "budget")]
-    curve.sort(key=lambda row: row[key])
-    xs, ys = [row[key] / 2**20 for row in curve], [row["over_plain"] for row in curve]
-    axes.plot(xs, ys, "o-", color=COLORS["budget"], markersize=3.5, linewidth=1.5)
-    for row in known:
-        name, point = row["contender"], (row[key] / 2**20, row["over_plain"])
-        color = COLORS[name.split()[0] if row in curve else name]
-        if row not in curve or name == "plain":
-            axes.plot(*point, "o", color=color, markersize=6)
+    known = [(row["contender"], row[key] / 2**20, row["over_plain"]) for row in rows if row[key]]
+    budgets = [row for row in known if row[0].startswith("budget ")]
+    curve = sorted(row[1:] for row in known if row[0] == "plain" or row in budgets)
+    style = {"color": COLORS["budget"], "markersize": 3.5, "linewidth": 1.5}
+    axes.plot(*zip(*curve, strict=True), "o-", label="budget", **style)
+    for name, x, y in budgets:
         axes.annotate(
-            name,
-            point,
-            xytext=(4, -11 if row in curve else 5),
+            name.removeprefix("budget "),
+            (x, y),
+            xytext=(-3, -4),
             textcoords="offset points",
-            color=color,
+            color=COLORS["budget"],
             fontsize=7.5,
-            annotation_clip=False,
+            ha="right",
+            va="top",
         )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
-    axes.margins(x=0.15, y=0.2)
+    for name, x, y in known:
+        if name in COLORS:
+            axes.plot(x, y, "o", color=COLORS[name], markersize=6, label=name)
+    axes.margins(x=0.12, y=0.15)
     axes.set_xlabel("MiB")
     axes.set_title(title)
 
@@ -171,6 +168,11 @@ def plot_compiled(data: Data) -> Figure:
     figure, (kept, peak, cold) = pyplot.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
     trade(kept, data["rows"], "kept", "step time against plain; kept for backward")
     trade(peak, data["rows"], "peak", "step time against plain; process peak")
+    kept.set_xscale("log")
+    kept.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    kept.minorticks_off()
+    peak.set_xlim(0, None)
+    kept.legend(frameon=False, fontsize=7.5)
     ends = {}
     for name in dict.fromkeys(row["contender"] for row in data["cold"]):
         own = [row for row in data["cold"] if row["contender"] == name]

@@ -126,7 +126,7 @@ def text_compiled(data: Data) -> str:
     rows = [
         (
             row["contender"],
-            f"{row['kept'] / 2**20:.1f}",
+            f"{row['kept'] / 2**20:.2f}",
             "unknown" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}",
             f"{row['median_seconds']:.2f}",
             f"{row['over_plain']:.3f}",

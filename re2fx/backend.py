@@ -15,16 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .api import Explanation, Options, agree, make_plan, rewire_plan
+from .api import Explanation, Options, make_plan, rewire_plan
 from .capture import Leaves
 from .codegen import compile_graph
 from .conditioning import check_conditioning
+from .consistency import check_consistency
 from .coupling import Coupling, Readout
 from .cuts import check_cuts
 from .dynamo import Lifted, lift, lower
@@ -113,7 +112,7 @@ def re2fx(
     Raises:
         OptionError: an option is unknown or has a value it cannot take.
         ChainCutError: the graph is a piece of a chain.
-        ModeMismatchError: the model was rewired otherwise in its other mode.
+        ModeMismatchError: the model was rewired otherwise when it was compiled before.
         ConditioningError: the coupling loses too many digits over a chain's depth.
         NoResidualError: nothing can be rewired, with ``strict=True``.
     """
@@ -150,7 +149,8 @@ def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired
     options = settings.rewiring
     flow, plan = make_plan(lifted.graph, lifted.root, options.activation, settings.leaves)
     check_cuts(flow, plan, origin)
-    check_modes(origin, plan, settings)
+    if not origin.partial:
+        check_consistency(origin.root, origin.name, (options, tuple(settings.leaves)), plan)
     if not plan.chains:
         nothing_rewired(origin, plan, settings)
         return None
@@ -233,25 +233,6 @@ class Runner:
         if self.stored is not None and not torch.is_grad_enabled():
             return self.stored(self.lifted.root, *activations)
         return self.program.run(self.lifted.root, activations)
-
-
-_plans: WeakKeyDictionary[nn.Module, dict[bool, tuple[Options, Plan]]] = WeakKeyDictionary()
-
-
-def check_modes(origin: Origin, plan: Plan, settings: Settings) -> None:
-    """One function in train and in eval mode, although they are compiled at different times.
-
-    Raises:
-        ModeMismatchError: the other mode of the same model was rewired differently.
-    """
-    root = origin.root
-    if not isinstance(root, nn.Module) or origin.partial:
-        return
-    seen = _plans.setdefault(root, {})
-    options, other = seen.get(not root.training, (settings.rewiring, plan))
-    if options == settings.rewiring:
-        agree(origin.name, *((plan, other) if root.training else (other, plan)))
-    seen[root.training] = (settings.rewiring, plan)
 
 
 def nothing_rewired(origin: Origin, plan: Plan, settings: Settings) -> None:

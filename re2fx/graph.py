@@ -54,6 +54,8 @@ class Flow:
         self._inputs[node] = inputs
         for value in dict.fromkeys(inputs):
             self._users[value].append(node)
+        if ops.is_number_input(node):
+            self._shape.add(node)
         if node.op == "get_attr":
             self._constant.add(node)
             self._free.add(node)

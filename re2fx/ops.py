@@ -151,6 +151,12 @@ def is_number_op(node: Node) -> bool:
     return target is torch._assert or getattr(target, "__module__", "") in _NUMBER_MODULES
 
 
+def is_number_input(node: Node) -> bool:
+    """An input that is known to be a number, such as a size that varies between calls."""
+    known = node.op == "placeholder" and "example_value" in node.meta
+    return known and not isinstance(node.meta["example_value"], torch.Tensor)
+
+
 def permutes(node: Node) -> bool:
     """Moves dimensions, by constant numbers."""
     return _calls(node, _PERMUTATIONS) and len(node.all_input_nodes) == 1

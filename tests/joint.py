@@ -15,18 +15,24 @@ import torch
 from functorch.compile import aot_module, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 import re2fx
 from re2fx.codegen import compile_graph
-from re2fx.module import LiveRoot
 from re2fx.marks import COUPLE, MARKS
+from re2fx.module import LiveRoot
 from re2fx.passes.mark import mark
 from re2fx.passes.reverse import reverse
 
 from .compare import Loss, Outcome, assert_same, step, weighted
 
-Edit = Callable[[Graph], object]
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.t.default, aten.permute.default, aten.transpose.int, aten.view.default,
+    aten._unsafe_view.default, aten.alias.default, aten.detach.default, aten.expand.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int,
+}  # fmt: skip
 
 
 class Marked(nn.Module):
@@ -38,12 +44,31 @@ class Marked(nn.Module):
         self.rev = rev
         self.marked = mark(rewired.graph, rev._live._model, rewired.wirings, reversible)
         self.function = compile_graph(self.marked, "marked")
-        for name, constant in rev._live._constants.items():
-            self.register_buffer(name, constant, persistent=False)
+        self.constants = list(rev._live._constants)
+        for name, value in rev._live._constants.items():
+            self.register_buffer(name, value, persistent=False)
 
     def forward(self, *args: Any) -> Any:
-        root = LiveRoot(self.rev._live._model, {k: getattr(self, k) for k in self.rev._live._constants})
+        constants = {name: getattr(self, name) for name in self.constants}
+        root = LiveRoot(self.rev._live._model, constants)
         return self.function(root, *self.rev._inputs.flatten(args, {}))
+
+
+class Checking(Interpreter):
+    """Runs a backward; what was put into it must come out the way the graph says."""
+
+    def run_node(self, n: Node) -> Any:
+        """Compare shapes, dtypes and memory layouts."""
+        result, value = super().run_node(n), n.meta.get("val")
+        if isinstance(value, Tensor) and n.meta.get("partitioner_tag") == IN_BACKWARD:
+            assert (result.shape, result.dtype) == (value.shape, value.dtype), n.format_node()
+            layouts = zip(result.shape, result.stride(), value.stride(), strict=True)
+            same = all(size == 1 or have == want for size, have, want in layouts)
+            assert same, f"{n.format_node()}: {result.stride()} instead of {value.stride()}"
+        return result
+
+
+IN_BACKWARD = "must_be_in_backward"
 
 
 @dataclass
@@ -53,56 +78,51 @@ class Watched:
     Attributes:
         rev: the network.
         run: the compiled network.
-        number: how many parameters and buffers come before the inputs.
         blocks: how many blocks each joint graph reconstructs.
         joints: the joint graphs, reversed.
-        forwards, backwards: what the partitioner made of them.
-        outputs: how many outputs of each forward are not saved tensors.
+        forwards: what the partitioner made of them.
         inference: forward graphs without a backward.
+        saved: what each forward graph gives to its backward.
+        results: the same, the tensors of the last call.
     """
 
     rev: re2fx.RewiredModule
     run: Callable[..., Any] = field(init=False)
-    number: int = 0
     blocks: list[int] = field(default_factory=list)
     joints: list[Graph] = field(default_factory=list)
     forwards: list[Graph] = field(default_factory=list)
-    backwards: list[Graph] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
     inference: list[Graph] = field(default_factory=list)
-
-    @property
-    def saved(self) -> list[Node]:
-        """What the last forward gives to its backward."""
-        (values,) = self.forwards[-1].output_node().args
-        assert isinstance(values, (tuple, list))
-        return [value for value in values[self.outputs[-1] :] if isinstance(value, Node)]
+    saved: list[list[Node]] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
 
     def roles(self) -> dict[str, list[Node]]:
-        """The saved tensors by what they are."""
-        places = [node for node in self.forwards[-1].nodes if node.op == "placeholder"]
+        """What the last forward saves: parameters, inputs, stream states, random states, others.
+
+        Views of a tensor count as the tensor.
+        """
         found: dict[str, list[Node]] = {}
-        for node in self.saved:
-            found.setdefault(self.role(node, places), []).append(node)
+        for node in self.saved[-1]:
+            found.setdefault(role(node), []).append(node)
         return found
 
-    def role(self, node: Node, places: list[Node]) -> str:
-        """``"member"`` or ``"input"``, seen directly or through views, or what made the tensor."""
-        source = node
-        while source.target in VIEWS:
-            source = source.args[0]  # type: ignore[assignment]
-        if source.op == "placeholder":
-            return "member" if places.index(source) < self.number else "input"
-        if node.target is operator.getitem:
-            made = node.args[0].target  # type: ignore[union-attr]
-            return "state" if made is run_and_save_rng_state else str(made)
-        return "stream" if node.meta.get("stream") else str(node.target)
+    def counts(self) -> dict[str, int]:
+        """How many of each, parameters left out."""
+        return {name: len(nodes) for name, nodes in self.roles().items() if name != "member"}
 
 
-VIEWS = {
-    torch.ops.aten.t.default, torch.ops.aten.permute.default, torch.ops.aten.transpose.int,
-    torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.expand.default,
-}  # fmt: skip
+def role(node: Node) -> str:
+    """What a saved tensor is."""
+    source: Any = node
+    while source.target in VIEWS:
+        source = source.args[0]
+    if source.op == "placeholder":
+        return "member" if isinstance(source.meta["val"], nn.Parameter) else "input"
+    if source.meta.get("stream"):
+        return "stream"
+    target = source.target
+    if target is operator.getitem:
+        target = source.args[0].target
+    return "state" if target is run_and_save_rng_state else str(target)
 
 
 def size(nodes: list[Node]) -> int:
@@ -112,38 +132,45 @@ def size(nodes: list[Node]) -> int:
 
 
 def watch(
-    rev: re2fx.RewiredModule, *, reversing: bool = True, edit: Edit | None = None
+    rev: re2fx.RewiredModule,
+    *,
+    reversible: bool = True,
+    dynamic: bool = False,
+    edit: Callable[[Graph], object] | None = None,
 ) -> Watched:
-    """Compile a network when it is called.
+    """Compile a network when it is first called.
 
     Args:
         rev: a rewired network; runs in the mode it is in.
-        reversing: whether the joint graph is reversed; if not, marks only become arithmetic.
+        reversible: what the marks say.
+        dynamic: whether sizes are symbols.
         edit: something to do to the reversed graph before it is partitioned.
     """
-    marked = Marked(rev, reversing)
-    members = [*marked.parameters(), *marked.buffers()]
-    watched = Watched(rev, number=len({id(member) for member in members}))
+    watched = Watched(rev)
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        assert any(node.target in MARKS for node in joint.graph.nodes)
+        before = set(joint.graph.nodes)
         for node in joint.graph.nodes:
-            node.meta["original"] = True
             node.meta["stream"] = node.target is COUPLE
         watched.blocks.append(reverse(joint.graph))
         watched.joints.append(joint.graph)
-        check_joint(joint.graph)
+        check_joint(joint.graph, before)
         if edit is not None:
             edit(joint.graph)
         joint.recompile()
-        pair = min_cut_rematerialization_partition(joint, inputs, **kwargs)
-        watched.outputs.append(kwargs["num_fwd_outputs"])
-        for graphs, half in zip((watched.forwards, watched.backwards), pair, strict=True):
-            graphs.append(half.graph)
-        return pair
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+        values: Any = forward.graph.output_node().args[0]
+        number = kwargs["num_fwd_outputs"]
+        watched.forwards.append(forward.graph)
+        watched.saved.append([value for value in values[number:] if isinstance(value, Node)])
 
-    def keep(module: GraphModule, inputs: Any) -> Any:
-        return make_boxed_func(module)
+        def run_forward(*args: Any) -> Any:
+            results = forward(*args)
+            watched.results[:] = results[number:]
+            return results
+
+        compiled.extend((run_forward, backward if dynamic else Checking(backward).run))
+        return forward, backward
 
     def infer(module: GraphModule, inputs: Any) -> Any:
         reverse(module.graph)
@@ -151,54 +178,82 @@ def watch(
         watched.inference.append(module.graph)
         return make_boxed_func(module)
 
+    compiled: list[Any] = []
     watched.run = aot_module(
-        marked,
-        keep,
-        keep,
+        Marked(rev, reversible),
+        lambda module, inputs: make_boxed_func(compiled[-2]),
+        lambda module, inputs: make_boxed_func(compiled[-1]),
         partition,
         keep_inference_input_mutations=True,
         inference_compiler=infer,
+        dynamic=dynamic,
     )
     return watched
 
 
-def check_joint(graph: Graph) -> None:
-    """What holds of every reversed joint graph."""
+def check_joint(graph: Graph, before: set[Node]) -> None:
+    """What holds of every reversed joint graph.
+
+    Args:
+        graph: the graph.
+        before: the nodes it had before it was reversed.
+    """
     graph.lint()
     assert not any(node.target in MARKS for node in graph.nodes)
-    new = [n for n in graph.nodes if "original" not in n.meta and n.op == "call_function"]
     for node in graph.nodes:
-        if node.meta.get("partitioner_tag") == "must_be_in_backward":
-            assert node.op == "call_function"
-    saving = [n for n in graph.nodes if n.target is run_and_save_rng_state]
-    again = [n for n in graph.nodes if n.target is run_with_rng_state]
-    assert [states_of(n) for n in saving] == [states_of(n) for n in again], (saving, again)
+        if node not in before and node.meta.get("partitioner_tag") != IN_BACKWARD:
+            assert is_of_the_forward(node), node.format_node()
+    saving = [node for node in graph.nodes if node.target is run_and_save_rng_state]
+    again = [node for node in graph.nodes if node.target is run_with_rng_state]
+    assert len(saving) == len(again)
+    for node in again:
+        state, target = node.args[:2]
+        assert state.args[0].target is run_and_save_rng_state and state.args[1] == 0
+        assert state.args[0].args[0] is target
+        assert list(state.users) == [node], "a state is used once"
 
 
-def states_of(node: Node) -> Node: ...
+def is_of_the_forward(node: Node) -> bool:
+    """Whether a new node is one of those that replace forward nodes."""
+    if node.target in (run_and_save_rng_state, aten.sym_size.int) or node.meta.get("stream"):
+        return True
+    source: Any = node.args[0]
+    if node.target is operator.getitem:
+        return source.target is run_and_save_rng_state
+    return node.target is aten.clone.default and source.op == "placeholder"
 
 
 @contextmanager
-def running(watched: Watched) -> Iterator[None]:
-    """Let the network run compiled."""
-    watched.rev.__dict__["forward"] = watched.run
+def running(rev: re2fx.RewiredModule, run: Callable[..., Any]) -> Iterator[None]:
+    """Let a function stand in for the network's forward."""
+    rev.__dict__["forward"] = run
     try:
         yield
     finally:
-        del watched.rev.__dict__["forward"]
+        del rev.__dict__["forward"]
 
 
-def outcome(watched: Watched, *inputs: Any, loss: Loss = weighted, seed: int = 0) -> Outcome:
-    """What a compiled step leaves behind."""
-    with running(watched):
-        return step(watched.rev, "reversible", *inputs, loss=loss, seed=seed)
+def outcome(
+    rev: re2fx.RewiredModule,
+    run: Callable[..., Any],
+    *inputs: Any,
+    loss: Loss = weighted,
+    seed: int = 0,
+) -> Outcome:
+    """What a step leaves behind in which a function stands in for the network's forward."""
+    with running(rev, run):
+        return step(rev, rev.memory, *inputs, loss=loss, seed=seed)
 
 
 def assert_compiled_equals_store(
-    rev: re2fx.RewiredModule, *inputs: Any, tolerance: float = 1e-10, loss: Loss = weighted
+    rev: re2fx.RewiredModule,
+    *inputs: Any,
+    tolerance: float = 1e-10,
+    loss: Loss = weighted,
+    dynamic: bool = False,
 ) -> Watched:
-    """The compiled network against ordinary autograd on the same one."""
-    watched = watch(rev)
-    got = outcome(watched, *inputs, loss=loss)
+    """The compiled network, reversed, against ordinary autograd on the same network."""
+    watched = watch(rev, dynamic=dynamic)
+    got = outcome(rev, watched.run, *inputs, loss=loss)
     assert_same(got, step(rev, "store", *inputs, loss=loss), tolerance)
     return watched
