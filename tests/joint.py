@@ -208,7 +208,8 @@ def check_joint(graph: Graph, before: set[Node]) -> None:
     assert len(saving) == len(again)
     for node in again:
         state, target = node.args[:2]
-        assert state.args[0].target is run_and_save_rng_state and state.args[1] == 0
+        assert state.args[0].target is run_and_save_rng_state
+        assert state.args[1] == 0
         assert state.args[0].args[0] is target
         assert list(state.users) == [node], "a state is used once"
 

@@ -12,7 +12,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     source = tmp_path / "model.py"
     source.write_text("\n".join(blocks))
     exec(compile(source.read_text(), str(source), "exec"), {"__name__": "readme"})
