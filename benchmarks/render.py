@@ -140,21 +140,9 @@ def plot_demo(data: Data) -> Figure:
 def trade(axes: Axes, rows: Sequence[Data], key: str, title: str) -> None:
     """Step time against bytes: the partitioner's budgets as a curve, the others as points."""
     known = [(row["contender"], row[key] / 2**20, row["over_plain"]) for row in rows if row[key]]
-    budgets = [row for row in known if row[0].startswith("budget ")]
-    curve = sorted(row[1:] for row in known if row[0] == "plain" or row in budgets)
-    style = {"color": COLORS["budget"], "markersize": 3.5, "linewidth": 1.5}
-    axes.plot(*zip(*curve, strict=True), "o-", label="budget", **style)
-    for name, x, y in budgets:
-        axes.annotate(
-            name.removeprefix("budget "),
-            (x, y),
-            xytext=(-3, -4),
-            textcoords="offset points",
-            color=COLORS["budget"],
-            fontsize=7.5,
-            ha="right",
-            va="top",
-        )
+    curve = sorted((x, y) for name, x, y in known if name.split()[0] in ("plain", "budget"))
+    xs, ys = [x for x, _ in curve], [y for _, y in curve]
+    axes.plot(xs, ys, "o-", color=COLORS["budget"], markersize=3.5, linewidth=1.5, label="budget")
     for name, x, y in known:
         if name in COLORS:
             axes.plot(x, y, "o", color=COLORS[name], markersize=6, label=name)
@@ -163,11 +151,28 @@ def trade(axes: Axes, rows: Sequence[Data], key: str, title: str) -> None:
     axes.set_title(title)
 
 
+def name_budgets(axes: Axes, rows: Sequence[Data]) -> None:
+    """Write each budget next to its point among the kept bytes."""
+    for row in rows:
+        if row["contender"].startswith("budget "):
+            axes.annotate(
+                row["contender"].removeprefix("budget "),
+                (row["kept"] / 2**20, row["over_plain"]),
+                xytext=(-3, -4),
+                textcoords="offset points",
+                color=COLORS["budget"],
+                fontsize=7.5,
+                ha="right",
+                va="top",
+            )
+
+
 def plot_compiled(data: Data) -> Figure:
     """Step time against what is kept and against the peak; compile time against depth."""
     figure, (kept, peak, cold) = pyplot.subplots(1, 3, figsize=(11, 3.1), layout="constrained")
     trade(kept, data["rows"], "kept", "step time against plain; kept for backward")
     trade(peak, data["rows"], "peak", "step time against plain; process peak")
+    name_budgets(kept, data["rows"])
     kept.set_xscale("log")
     kept.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     kept.minorticks_off()
@@ -183,7 +188,7 @@ def plot_compiled(data: Data) -> Figure:
     cold.set_ylim(0, None)
     cold.set_xlabel("layers")
     cold.set_title("compile time with empty caches, s")
-    label_ends(cold, ends, max(row["layers"] for row in data["cold"]))
+    label_ends(cold, ends, max((row["layers"] for row in data["cold"]), default=0))
     return figure
 
 

@@ -21,7 +21,7 @@ from re2fx.marks import COUPLE, FORK, LINK, MARKS
 from re2fx.passes.mark import is_marked, mark, unmark
 from re2fx.wiring import Link, Wiring
 
-from .compare import assert_same, step, weighted
+from .compare import Outcome, assert_same, step, weighted
 from .joint import Marked, outcome
 from .models import ConvNet, Net, Tapped
 from .programs import Block, Program, Stage, build
@@ -92,7 +92,7 @@ def test_opcheck_couple(coupling: Coupling) -> None:
 def test_opcheck_couple_with_other_branches(branch: Tensor) -> None:
     streams = [normal(3, 4).requires_grad_() for _ in range(3)]
     for grad in (True, False):
-        branch = branch.clone().requires_grad_(grad)
+        branch = branch.detach().clone().requires_grad_(grad)
         opcheck(COUPLE, (*streams, branch, *coefficients(Coupling.consistent(0.5))))
 
 
@@ -203,18 +203,25 @@ def parts(rev: re2fx.RewiredModule) -> tuple[Graph, nn.Module, tuple[Wiring, ...
     return rewired.graph, rev._live._model, rewired.wirings
 
 
+def assert_equal_runs(got: Outcome, expected: Outcome) -> None:
+    """The same bits, except that gradients that meet in a stream may be summed in another order."""
+    for a, b in zip(got.outputs, expected.outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert_same(got, expected, 1e-13)
+
+
 def assert_marks_change_nothing(rev: re2fx.RewiredModule, *inputs: Any) -> None:
-    """The same bits with marks, and after taking them away."""
+    """The same network with marks, and after taking them away."""
     before = str(parts(rev)[0])
     expected = step(rev, "store", *inputs)
     marked = Marked(rev)
-    assert_same(outcome(rev, marked, *inputs), expected, 0)
+    assert_equal_runs(outcome(rev, marked, *inputs), expected)
     assert str(parts(rev)[0]) == before, "the given graph is left alone"
     graph, wirings = unmark(marked.marked)
     assert not is_marked(graph)
     assert is_marked(marked.marked), "the given graph is left alone"
     marked.function = compile_graph(graph, "unmarked")
-    assert_same(outcome(rev, marked, *inputs), expected, 0)
+    assert_equal_runs(outcome(rev, marked, *inputs), expected)
     assert described(graph, wirings) == described(parts(rev)[0], parts(rev)[2])
 
 
@@ -299,7 +306,7 @@ def test_one_mark_per_place() -> None:
     rev = rewired(Wired(links_everywhere))
     graph = mark(*parts(rev))
     targets = [node.target for node in graph.nodes if node.target in MARKS]
-    assert [targets.count(target) for target in (FORK, COUPLE, LINK)] == [8, 8, 12]
+    assert [targets.count(target) for target in (FORK, COUPLE, LINK)] == [8, 8, 14]
     for node in graph.nodes:
         if node.target is COUPLE:
             current, _, read, _, a, b, c, reversible = node.args
@@ -335,7 +342,7 @@ def test_marks_are_not_taken_for_wrapped_functions() -> None:
             return x + kept_whole(self.inner(x))
 
     graph = mark(*parts(rewired(Net(block=Block))))
-    assert "wrap('torch" not in str(graph.python_code("self").src)
+    assert not any(node.meta.get("is_wrapped") for node in graph.nodes if node.target in MARKS)
     assert_marks_change_nothing(rewired(Net(block=Block)), normal(5, 4))
 
 
