@@ -229,10 +229,10 @@ class Runner:
 
     def __call__(self, *inputs: Any) -> Any:
         """Take and return what the graph does."""
-        activations = self.lifted.split(inputs)
+        root, activations = self.lifted.split(inputs)
         if self.stored is not None and not torch.is_grad_enabled():
-            return self.stored(self.lifted.root, *activations)
-        return self.program.run(self.lifted.root, activations)
+            return self.stored(root, *activations)
+        return self.program.run(root, activations)
 
 
 def nothing_rewired(origin: Origin, plan: Plan, settings: Settings) -> None:

@@ -27,8 +27,12 @@ class Root(nn.Module):
 
     def hold(self, name: str, value: Any) -> None:
         """Give a member its value; a parameter stays one."""
-        place = self._parameters if isinstance(value, nn.Parameter) else self._buffers
-        place[name] = value
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        if isinstance(value, nn.Parameter):
+            self._parameters[name] = value
+        else:
+            self._buffers[name] = value
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,18 @@ class Lifted:
     root: Root
     placeholders: tuple[tuple[str, bool], ...]
 
-    def split(self, inputs: Sequence[Any]) -> list[Any]:
-        """Put the members of a call on the root; return the activations."""
-        rest = []
+    def split(self, inputs: Sequence[Any]) -> tuple[Root, list[Any]]:
+        """A root with the members of one call, and the activations of that call."""
+        root, rest = Root(), []
+        root._modules = self.root._modules
+        root._parameters.update(self.root._parameters)
+        root._buffers.update(self.root._buffers)
         for (name, member), value in zip(self.placeholders, inputs, strict=True):
             if member:
-                self.root.hold(name, value)
+                root.hold(name, value)
             else:
                 rest.append(value)
-        return rest
+        return root, rest
 
 
 def lift(module: GraphModule, inputs: Sequence[Any]) -> Lifted:

@@ -80,12 +80,16 @@ class Generators:
 
 @dataclass
 class Members:
-    """The parameters and buffers that a branch may touch, found on the live root."""
+    """The parameters and buffers that a branch may touch, found on the live root.
+
+    ``tensors`` are attributes that are neither.
+    """
 
     parameters: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     buffers: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = field(
         default_factory=list
     )
+    tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
 
 Modules = dict[str, "nn.Module | None"]
@@ -100,6 +104,7 @@ class Lookup:
 
     def __init__(self, targets: Iterable[str]) -> None:
         self._targets = tuple(targets)
+        self._root: Any = None
         self._places: list[tuple[Modules, str, nn.Module]] | None = None
         self._owners: list[tuple[str, nn.Module]] = []
         self._single: list[tuple[str, Any, str]] = []
@@ -107,7 +112,8 @@ class Lookup:
     def members(self, root: Any) -> Members:
         """The parameters and buffers as they are now."""
         places = self._places
-        if places is None or any(modules.get(name) is not m for modules, name, m in places):
+        moved = places is None or root is not self._root
+        if moved or any(modules.get(name) is not m for modules, name, m in places or ()):
             self._resolve(root)
         members = Members()
         for path, owner in self._owners:
@@ -121,13 +127,15 @@ class Lookup:
             value = getattr(owner, name)
             if isinstance(value, nn.Parameter):
                 members.parameters.append((target, value))
-            elif isinstance(owner._buffers.get(name), torch.Tensor):
+            elif isinstance(getattr(owner, "_buffers", {}).get(name), torch.Tensor):
                 members.buffers.append((owner._buffers, name, value))
+            elif isinstance(value, torch.Tensor):
+                members.tensors.append((target, value))
         return members
 
     def _resolve(self, root: Any) -> None:
         """Walk the dotted names: whole modules, or single parameters and buffers."""
-        self._places, self._owners, self._single = [], [], []
+        self._root, self._places, self._owners, self._single = root, [], [], []
         for target in self._targets:
             owner, name = root, target
             while "." in name:
@@ -143,6 +151,8 @@ class Lookup:
                     self._enter(inner, child)
                 if inner._parameters or inner._buffers:
                     self._owners.append((path, inner))
+                plain = [key for key, item in vars(inner).items() if isinstance(item, torch.Tensor)]
+                self._single += [(f"{path}.{key}", inner, key) for key in plain]
 
     def _enter(self, owner: Any, name: str) -> Any:
         """A child by name, remembered if it is a module."""
@@ -171,9 +181,10 @@ class Ambient:
         self.versions = [parameter._version for _, parameter in self.members.parameters]
         self._before = [(b.clone(), b._version) for _, _, b in self.members.buffers]
         self.earlier: dict[tuple[int, str], torch.Tensor] = {}
+        self._constants = fixed(self.members)  # what the run leaves alone, the rerun must find
 
-    def settle(self) -> None:
-        """Forget what the run did not change."""
+    def settle(self, root: Any) -> None:
+        """Forget what the run did not change, and remember that it did not."""
         if self.generators is not None and not self.generators.moved():
             self.generators = None
         for (owner, name, buffer), (copy, version) in zip(
@@ -182,15 +193,22 @@ class Ambient:
             if owner[name] is not buffer or buffer._version != version:
                 self.earlier[id(owner), name] = copy
         self._before = []
+        after = fixed(self._lookup.members(root))
+        self._constants = {
+            place: entry
+            for place, entry in self._constants.items()
+            if place in after and entry[1] is after[place][1] and entry[2] == after[place][2]
+        }
 
-    def check_parameters(self, root: Any, where: str) -> None:
-        """Refuse to rerun with other parameters than the forward had.
+    def check_members(self, root: Any, where: str) -> None:
+        """Refuse to rerun with other parameters, buffers or constants than the forward had.
 
         Raises:
             ReplayError: names the parameter. Stored execution rejects most changes in place too;
                 a replaced parameter would give the gradient of a function that never ran.
         """
-        now = self._lookup.members(root).parameters
+        members = self._lookup.members(root)
+        now = members.parameters
         remedy = "Call backward before the parameters change, or use memory='store'."
         for (name, parameter), version in zip(self.members.parameters, self.versions, strict=True):
             if parameter._version != version:
@@ -209,6 +227,15 @@ class Ambient:
                 raise ReplayError(
                     f"{where}: the parameter {name} was replaced between the forward and the "
                     f"backward (functional_call, load_state_dict(assign=True)?). {remedy}"
+                )
+
+        found = fixed(members)
+        for place, (name, tensor, version) in self._constants.items():
+            entry = found.get(place)
+            if entry is None or tensor is not entry[1] or version != entry[2]:
+                raise ReplayError(
+                    f"{where}: the tensor {name} was changed or replaced between the forward and "
+                    f"the backward, so the branch cannot be run again. {remedy}"
                 )
 
     @contextmanager
@@ -235,6 +262,12 @@ class Ambient:
                 for owner, name, value in reversed(swapped):
                     owner[name] = value
                 now.write()
+
+
+def fixed(members: Members) -> dict[tuple[int, str], tuple[str, torch.Tensor, int]]:
+    """Buffers and other tensors by their places, with their versions."""
+    buffers = {(id(o), name): (name, b, b._version) for o, name, b in members.buffers}
+    return buffers | {(0, name): (name, t, t._version) for name, t in members.tensors}
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -157,7 +157,7 @@ class ChainCall:
 
         with saved_tensors_hooks(pack, _unpack):
             branch = frame.branch(self.root, current, *sides)
-        record.ambient.settle()
+        record.ambient.settle(self.root)
         following: torch.Tensor = frame.coupling.step(current, previous, branch)
         if following.shape != current.shape or following.dtype != current.dtype:
             raise StreamError(
@@ -289,7 +289,7 @@ class ChainCall:
         """Run a branch again on its reconstructed input; collect what it saves if asked to."""
         assert record.ambient is not None, "only links have no surroundings"
         name = self._name(walk.front)
-        record.ambient.check_parameters(self.root, name)
+        record.ambient.check_members(self.root, name)
         sides = _recall(record.sides, name)
         frame = record.frame
         assert isinstance(frame, Reverse), "only blocks have a branch"

@@ -267,3 +267,33 @@ def test_state_is_per_call_not_per_module() -> None:
     out.backward()
     assert set(vars(rev)) == before
     assert_reversible_equals_store(other, X)
+
+
+class Tempered(nn.Module):
+    """Residuals that read a tensor which is neither parameter nor buffer, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.scale = torch.ones(4).double()
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x) * self.scale + self.shift)
+        return x
+
+
+@pytest.mark.parametrize("name", ["scale", "shift"])
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_a_constant_changed_before_the_backward_raises(name: str, how: str) -> None:
+    model = Tempered().double()
+    rev = re2fx.transform(model)
+    out = rev(torch.randn(2, 4).double())
+    if how == "replaced":
+        setattr(model, name, getattr(model, name) * 3)
+    else:
+        with torch.no_grad():
+            getattr(model, name).mul_(3)
+    with pytest.raises(re2fx.ReplayError, match=name):
+        out.sum().backward()
