@@ -113,7 +113,7 @@ def mark_operation(flow: Flow, before: str, after: str, marked: dict[str, Node])
 def create(flow: Flow, origin: Node, target: Any, *args: Any) -> Node:
     """A mark with the provenance of the node it stands for."""
     node = flow.graph.call_function(target, args)
-    node.meta = {k: v for k, v in origin.meta.items() if k != "example_value"}
+    node.meta = {k: v for k, v in origin.meta.items() if k not in ("example_value", "is_wrapped")}
     return node
 
 
@@ -128,33 +128,18 @@ class Chain:
 
     Attributes:
         entry: name of its input.
-        current, previous: the two states so far.
+        current, previous: the two states behind the last block.
         steps: blocks and links so far.
-        since: the two states behind the last block.
-        currents, previouses: names of the states after each shape-only operation since then.
     """
 
     entry: str
     current: Node
     previous: Node
     steps: list[Block | Link] = field(default_factory=list)
-    since: tuple[str, str] = ("", "")
-    currents: list[str] = field(default_factory=list)
-    previouses: list[str] = field(default_factory=list)
-
-    def block(self, step: Block, output: Node) -> None:
-        """Take up a block, and the link in front of it."""
-        if self.currents:
-            names = tuple(self.currents), tuple(self.previouses)
-            self.steps.append(Link(*self.since, *names))
-        self.currents, self.previouses = [], []
-        self.steps.append(step)
-        self.current, self.previous = output, self.current
-        self.since = (self.current.name, self.previous.name)
 
 
 def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
-    """The graph with plain arithmetic again, and where its chains lie.
+    """The graph with plain arithmetic again, and where its reversible chains lie.
 
     Args:
         graph: a graph with marks, traced from a rewired module; left as it is.
@@ -162,18 +147,21 @@ def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
     new = copy_graph(graph)
     chains: list[Chain] = []
     for node in list(new.nodes):
-        if node.target is FORK:
-            stream = node.args[0]
-            node.replace_all_uses_with(stream, delete_user_cb=lambda u: u.target is not COUPLE)
-        elif node.target is LINK:
-            unmark_operation(node, chains)
-        elif node.target is COUPLE:
+        if node.target is COUPLE:
             unmark_block(node, chains)
     for node in reversed(new.nodes):
-        if node.target is FORK:
+        if node.target in (FORK, LINK):
+            node.replace_all_uses_with(unlinked(node) if node.target is LINK else node.args[0])
             new.erase_node(node)
     new.lint()
     return new, tuple(Wiring(chain.entry, tuple(chain.steps)) for chain in chains)
+
+
+def unlinked(stream: Any) -> Any:
+    """What a mark behind a shape-only operation stands for."""
+    while stream.target is LINK:
+        stream = stream.args[1]
+    return stream
 
 
 def unmark_block(node: Node, chains: list[Chain]) -> None:
@@ -187,24 +175,20 @@ def unmark_block(node: Node, chains: list[Chain]) -> None:
         output = coupling.step(*values).node
     node.replace_all_uses_with(output)
     node.graph.erase_node(node)
-    chain = next((c for c in chains if c.current is current and c.previous is previous), None)
+    if arguments[7:] == (False,):
+        return
+    start, before, links = current, previous, []
+    while start.target is LINK and before.target is LINK:
+        links.append((start.args[1].name, before.args[1].name))
+        start, before = start.args[0], before.args[0]
+    chain = next((c for c in chains if c.current is start and c.previous is before), None)
     if chain is None:
-        chain = Chain(current.name, current, previous)
+        chain = Chain(unlinked(current).name, current, previous)
         chains.append(chain)
-    names = (current.name, previous.name, branch.name, output.name)
-    chain.block(Block(*names, coupling, location(node)), output)
-
-
-def unmark_operation(node: Node, chains: list[Chain]) -> None:
-    """A shape-only operation on one of a chain's streams."""
-    arguments: Any = node.args
-    before, after = arguments
-    node.replace_all_uses_with(after)
-    node.graph.erase_node(node)
-    for chain in chains:
-        if chain.current is before:
-            chain.current = after
-            chain.currents.append(after.name)
-        elif chain.previous is before:
-            chain.previous = after
-            chain.previouses.append(after.name)
+    elif links:
+        currents, previouses = zip(*reversed(links), strict=True)
+        names = (start.name, unlinked(before).name)
+        chain.steps.append(Link(*names, currents, previouses))
+    read, old, new = (unlinked(value).name for value in (current, previous, branch))
+    chain.steps.append(Block(read, old, new, output.name, coupling, location(node)))
+    chain.current, chain.previous = output, current

@@ -33,6 +33,7 @@ from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from re2fx.aten import Value, emit, is_random, is_tensor, restrided, steps_between, undo
 from re2fx.coupling import Coupling
@@ -54,6 +55,7 @@ def reverse(graph: Graph) -> int:
     tangents = [n for n in graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)]
     backward = dependents(tangents)
     done = sum(Reversal(graph, backward).run(piece) for piece in pieces(graph))
+    keep_overwritten(graph)
     for node in list(graph.nodes):
         if node.target in MARKS:
             expand(node)
@@ -112,8 +114,9 @@ def pieces(graph: Graph) -> list[list[Block]]:
     blocks = {node: Block.of(node) for node in couples if node.args[7:] != (False,)}
     following: dict[Node, Block] = {}
     for block in blocks.values():
-        before = blocks.get(unlinked(block.current))
-        if before is not None and unlinked(block.previous) is before.current:
+        current, previous = unlinked(block.current, block.previous)
+        before = blocks.get(current)
+        if before is not None and previous is before.current:
             following[before.couple] = block
     continued = {block.couple for block in following.values()}
     found = []
@@ -126,14 +129,14 @@ def pieces(graph: Graph) -> list[list[Block]]:
     return found
 
 
-def unlinked(stream: Node) -> Node:
-    """The stream state in front of all shape-only operations that can be undone."""
-    while stream.target is LINK:
-        marked: Any = stream.args
-        if steps_between(*marked) is None:
+def unlinked(current: Node, previous: Node) -> tuple[Node, Node]:
+    """The two states in front of the shape-only operations behind a block, if all can be undone."""
+    states: Any = (current, previous)
+    while all(state.target is LINK for state in states):
+        if any(steps_between(*state.args) is None for state in states):
             break
-        stream = marked[0]
-    return stream
+        states = tuple(state.args[0] for state in states)
+    return states[0], states[1]
 
 
 # Reversing one
@@ -239,6 +242,8 @@ class Reversal:
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         clones = {block.read: current}
+        for node in members:  # the backward reads clones now, so nothing is left to checkpoint
+            node.meta.pop("recompute", None)
         for node in sorted(needed, key=self.position.__getitem__):
             if is_random(node):
                 self.repeat(node, clones)
@@ -256,6 +261,7 @@ class Reversal:
         args: Any = (node.target, *node.args)
         kwargs: Any = node.kwargs
         meta = node.meta
+        never_merge_draws()
         with self.graph.inserting_before(node):
             saving = self.graph.call_function(run_and_save_rng_state, args, kwargs)
             state = self.graph.call_function(operator.getitem, (saving, 0))
@@ -264,7 +270,7 @@ class Reversal:
         again = self.graph.call_function(run_with_rng_state, (state, *args), kwargs)
         states = generator_state(meta["val"])
         for new, val in ((saving, (states, meta["val"])), (state, states), (value, meta["val"])):
-            new.meta = {**meta, "val": val}
+            new.meta = {**meta, "val": val, **MUST_SAVE}
         again.meta = {**meta, **IN_BACKWARD}
         node.replace_all_uses_with(value)
         self.graph.erase_node(node)
@@ -277,12 +283,16 @@ class Reversal:
         values = [Value(node, IN_BACKWARD) for node in (following, current, branch)]
         previous = block.coupling.inverse(*values).node
         previous = restrided(previous, block.previous, **IN_BACKWARD)
-        return unlink(block.current, current), unlink(block.previous, previous)
+        states = unlinked(block.current, block.previous)
+        return (
+            unlink(block.current, states[0], current),
+            unlink(block.previous, states[1], previous),
+        )
 
 
-def unlink(stream: Node, value: Node) -> Node:
-    """Undo the shape-only operations between two blocks on a reconstructed state."""
-    while stream.target is LINK:
+def unlink(stream: Node, start: Node, value: Node) -> Node:
+    """Undo the shape-only operations since ``start`` on a reconstructed state."""
+    while stream is not start:
         marked: Any = stream.args
         for step in reversed(steps_between(*marked) or ()):
             value = undo(step, value, **IN_BACKWARD)
@@ -320,7 +330,42 @@ def generator_state(result: Any) -> torch.Tensor:
         return torch.empty(state.shape, dtype=state.dtype)
 
 
-# Afterwards
+# Before and afterwards
+
+COPY_ = torch.ops.aten.copy_.default
+CLONE = torch.ops.aten.clone.default
+MUST_SAVE = {"recompute": CheckpointPolicy.MUST_SAVE}
+
+
+def keep_overwritten(graph: Graph) -> None:
+    """Copy the inputs that the forward writes to and clones read: they mean what was there.
+
+    The forward reads the copy too, or the partitioner would leave copying to the backward.
+    """
+    written = dict.fromkeys(node.args[0] for node in graph.nodes if node.target is COPY_)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for old in written:
+        users = [user for user in old.users if user.target is not COPY_]
+        if old.op != "placeholder" or not any(is_clone(user) for user in users):
+            continue
+        with graph.inserting_before(first):
+            kept = emit(graph, CLONE, old, **MUST_SAVE)
+        for user in users:
+            user.replace_input_with(old, kept)
+
+
+def is_clone(node: Node) -> bool:
+    """Whether a node was made for the backward here."""
+    return node.meta.get("partitioner_tag") == IN_BACKWARD["partitioner_tag"]
+
+
+def never_merge_draws() -> None:
+    """Tell the partitioner that two draws with equal arguments are two draws."""
+    from torch._functorch.compile_utils import rand_ops
+
+    if run_and_save_rng_state not in rand_ops:
+        rand_ops.append(run_and_save_rng_state)
+
 
 ALIAS = torch.ops.aten.alias.default
 

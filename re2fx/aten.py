@@ -116,9 +116,14 @@ def restrided(value: Node, like: Node, **meta: Any) -> Node:
     """A reconstructed state in the memory layout it had, where that is known to differ."""
     have, want = value.meta["val"], like.meta["val"]
     fixed = all(isinstance(n, int) for n in (*want.shape, *want.stride(), *have.stride()))
-    if not fixed or have.stride() == want.stride() or 0 in want.stride():
+    if not fixed or have.stride() == want.stride():
         return value
     shape, strides = list(want.shape), list(want.stride())
+    repeated = [dim for dim, step in enumerate(strides) if step == 0 and shape[dim] > 1]
+    if repeated:  # one of the equal parts, seen as often as it was
+        for dim in repeated:
+            value = emit(value.graph, aten.slice.Tensor, value, dim, 0, 1, **meta)
+        return emit(value.graph, aten.expand.default, value, shape, **meta)
     empty = emit(value.graph, aten.new_empty_strided.default, value, shape, strides, **meta)
     return emit(value.graph, aten.copy.default, empty, value, **meta)
 

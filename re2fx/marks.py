@@ -33,9 +33,16 @@ _library.define(
 _library.define("link(Tensor before, Tensor after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def _copy(value: Tensor) -> Tensor:
+    """New memory with the same strides, gaps and repetitions included."""
+    once = value[tuple(slice(0, 1) if step == 0 else slice(None) for step in value.stride())]
+    new = once.new_empty_strided(once.shape, once.stride()).copy_(once)
+    return new.expand(value.shape)
+
+
 @torch.library.impl(_library, "fork", "CompositeExplicitAutograd")
 def _fork(stream: Tensor) -> Tensor:
-    return stream.clone()
+    return _copy(stream)
 
 
 @torch.library.impl(_library, "couple", "CompositeExplicitAutograd")
@@ -50,12 +57,12 @@ def _couple(
     reversible: bool = True,
 ) -> Tensor:
     result: Tensor = Coupling(a, b, c).step(current, previous, branch)
-    return result
+    return result.clone() if any(result is x for x in (current, previous, branch)) else result
 
 
 @torch.library.impl(_library, "link", "CompositeExplicitAutograd")
 def _link(before: Tensor, after: Tensor) -> Tensor:
-    return after.clone()
+    return _copy(after)
 
 
 def _fake_fork(stream: Tensor) -> Tensor:
