@@ -87,7 +87,14 @@ def mark_block(flow: Flow, part: Part, marked: dict[str, Node], reversible: bool
     step, coupling, named = part.step, part.step.coupling, flow.by_name
     current, previous = (marked.get(n, named[n]) for n in (step.current, step.previous))
     branch, output = named[step.branch], named[step.output]
-    with flow.graph.inserting_before(part.readers[0]):
+    # Right behind the stream: a reader may stand where gradients or autocast are switched.
+    first = next(n for n in flow.graph.nodes if n.op != "placeholder")
+    behind = (
+        flow.graph.inserting_before(first)
+        if current.op == "placeholder"
+        else (flow.graph.inserting_after(current))
+    )
+    with behind:
         fork = create(flow, branch, FORK, current)
     for reader in part.readers:
         reader.replace_input_with(current, fork)

@@ -15,6 +15,7 @@ a reader get them in the dtype of the chain's input, which changes nothing in an
 from __future__ import annotations
 
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,7 @@ class _Rewirer:
     ) -> None:
         self.flow, self.plan, self.coupling, self.readout = flow, plan, coupling, readout
         self.on_stream = activation == "stream"
+        self.switches = any(ops.switches_context(node) for node in flow.nodes)
         self.graph = Graph()
         self.recorder = Recorder(self.graph)
         # What an old value is in the new graph, for readers outside the chains.
@@ -251,9 +253,10 @@ class _Rewirer:
         """The stream as its branch reads it."""
         current, activation = state.pair.current, state.pair.activation
         if current not in self.branch_inputs:
-            value = self.emit(current, lambda x, dtype: x.to(dtype), current, state.dtype)
-            if activation is not None:
-                value = self.activate(activation, value, None)
+            with self.behind(current):
+                value = self.emit(current, lambda x, dtype: x.to(dtype), current, state.dtype)
+                if activation is not None:
+                    value = self.activate(activation, value, None)
             self.branch_inputs[current] = value
         return self.branch_inputs[current]
 
@@ -262,18 +265,27 @@ class _Rewirer:
         if source not in self.values:
             reading = self.readings[source]
             weights = linear_weights(reading.couplings)
-            value = self.emit(
-                source,
-                lambda p, q, start, dtype: read(self.readout, p, q, start, weights).to(dtype),
-                reading.pair.current,
-                reading.pair.previous,
-                reading.start,
-                reading.dtype,
-            )
-            if reading.pair.activation is not None:
-                value = self.activate(reading.pair.activation, value, None)
-            self.values[source] = value
+            with self.behind(reading.pair.current):
+                self.values[source] = self.read(source, reading, weights)
         return self.values[source]
+
+    def behind(self, stream: Node) -> AbstractContextManager[Any]:
+        """Where to write what is made of a stream: its first reader may switch a context."""
+        return self.graph.inserting_after(stream) if self.switches else nullcontext()
+
+    def read(self, source: Node, reading: Reading, weights: tuple[float, float, float]) -> Node:
+        """The readout of two streams, the pending activation applied."""
+        value = self.emit(
+            source,
+            lambda p, q, start, dtype: read(self.readout, p, q, start, weights).to(dtype),
+            reading.pair.current,
+            reading.pair.previous,
+            reading.start,
+            reading.dtype,
+        )
+        if reading.pair.activation is not None:
+            value = self.activate(reading.pair.activation, value, None)
+        return value
 
     def activate(self, node: Node, value: Node, producer: Node | None) -> Node:
         """The activation on a value; one in place gets a copy if the value may be needed intact."""

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule
 
 from .api import Explanation, Options, make_plan, rewire_plan
@@ -25,11 +26,13 @@ from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
 from .coupling import Coupling, Readout
-from .cuts import check_cuts
+from .cuts import check_bodies, check_cuts
 from .dynamo import Lifted, lift, lower
-from .errors import NoResidualError, OptionError, Re2fxError, Re2fxWarning
+from .errors import NoResidualError, OptionError, Re2fxWarning
+from .graph import location
 from .inner import SCOPES, Inner
 from .module import Memory, Rewired, RewiredModule
+from .ops import switches_context
 from .origin import Origin, find_origin
 from .passes.mark import is_marked, mark, unmark
 from .passes.outline import outline
@@ -118,14 +121,14 @@ def re2fx(
     """
     try:
         return compile_graph_module(module, inputs, Settings.read(mode, options))
-    except Re2fxError as error:
+    except Exception as error:
         if not torch._dynamo.config.suppress_errors:
             raise
         # Dynamo would run the network as it was, another function, with a line in a log.
         return partial(fail, error)
 
 
-def fail(error: Re2fxError, *inputs: Any) -> Any:
+def fail(error: Exception, *inputs: Any) -> Any:
     """Raise an error when the graph is called."""
     raise error
 
@@ -149,10 +152,11 @@ def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired
     options = settings.rewiring
     flow, plan = make_plan(lifted.graph, lifted.root, options.activation, settings.leaves)
     check_cuts(flow, plan, origin)
+    check_bodies(lifted, origin.name)
     if not origin.partial:
         check_consistency(origin.root, origin.name, (options, tuple(settings.leaves)), plan)
     if not plan.chains:
-        nothing_rewired(origin, plan, settings)
+        nothing_rewired(lifted, origin, plan, settings)
         return None
     rewired = rewire_plan(flow, plan, options)
     if settings.memory == "reversible":
@@ -204,6 +208,23 @@ def from_rewired(graph: Graph, origin: Origin) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, RewiredModule) for kind in kinds)
 
 
+def check_runnable(lifted: Lifted, graph: Graph, settings: Settings) -> None:
+    """The executor runs pieces of a graph; what spans pieces it cannot run.
+
+    Raises:
+        OptionError: names the node and the remedy.
+    """
+    for node in graph.nodes:
+        held = getattr(lifted.root, str(node.target), None) if node.op == "get_attr" else None
+        body = isinstance(held, nn.Module) and settings.compiler != "eager"
+        if switches_context(node) or body:
+            what = "a higher-order operator" if body else "a switch of autocast or gradients"
+            raise OptionError(
+                f"{location(node)}: {node.name} is {what}, which scope='region' and "
+                "compiler='eager' cannot run; use scope='graph' with another compiler"
+            )
+
+
 class Runner:
     """Runs a lifted graph with the eager executor.
 
@@ -220,6 +241,7 @@ class Runner:
     def of(cls, lifted: Lifted, rewired: Rewired, settings: Settings) -> Runner:
         """Cut the graph; compile its parts for ``scope="region"``."""
         graph, root, wirings = rewired.graph, lifted.root, rewired.wirings
+        check_runnable(lifted, graph, settings)
         if settings.compiler == "eager":
             stored = compile_graph(graph, "stored")
             program = outline(graph, root, wirings if settings.memory == "reversible" else ())
@@ -235,9 +257,17 @@ class Runner:
         return self.program.run(root, activations)
 
 
-def nothing_rewired(origin: Origin, plan: Plan, settings: Settings) -> None:
+def nothing_rewired(lifted: Lifted, origin: Origin, plan: Plan, settings: Settings) -> None:
     """Say why a whole model stays as it is; a piece of one may well have no residual."""
     if origin.partial:
+        if origin.before is not None and any(True for _ in lifted.root.parameters()):
+            warnings.warn(
+                f"{origin.name}: the code at {origin.before} is run by Python around compiled "
+                "pieces, so additions there are not seen and not rewired. fullgraph=True shows "
+                "why Dynamo cannot capture it.",
+                Re2fxWarning,
+                stacklevel=2,
+            )
         return
     text = (
         f"nothing in {origin.name} can be rewired; it is compiled unchanged.\n"

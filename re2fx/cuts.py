@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from . import ops
+from .dynamo import Lifted, locate
 from .errors import ChainCutError
 from .graph import Flow
 from .origin import Origin
@@ -33,7 +34,7 @@ def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
     if not origin.partial:
         return
     adds = [flow.by_name[r.add] for chain in plan.chains for r in chain.residuals]
-    adds += [flow.by_name[refusal.node] for refusal in plan.refusals]
+    adds += [flow.by_name[r.node] for r in plan.refusals if r.rule != "leaf"]
     halves = [flow.by_name[miss.node] for miss in plan.misses if miss.rule == "two sources"]
     halves = [add for add in halves if is_activation_sum(add)]
     if origin.before is not None or origin.ddp:
@@ -75,19 +76,55 @@ def reaches(
 
 
 def passes_stream(flow: Flow, node: Node) -> bool:
-    """Sums, activations, constant factors and shape-only operations, between two residuals."""
-    return (
-        ops.is_add(node)
-        or ops.is_activation(node, flow.root)
-        or ops.is_bijection(node)
-        or ops.constant_factor(node) is not None
-    )
+    """What may stand between two residuals: anything that keeps every element, but no layer."""
+    if ops.is_add(node) or ops.is_activation(node, flow.root) or "prelu" in node.name:
+        return True
+    if flow.trains(node) or ops.is_norm(node, flow.root):
+        return False
+    value = node.meta.get("example_value")
+    inputs = [n.meta.get("example_value") for n in node.all_input_nodes]
+    sizes = [v.numel() for v in inputs if isinstance(v, Tensor)]
+    return not isinstance(value, Tensor) or value.numel() in sizes
 
 
 def is_activation_sum(node: Node) -> bool:
     """Not a sum of losses."""
     value = node.meta.get("example_value")
-    return not isinstance(value, Tensor) or value.dim() > 1
+    return not isinstance(value, Tensor) or value.dim() > 0
+
+
+def check_bodies(lifted: Lifted, name: str) -> None:
+    """Raise if a residual is hidden in the body of a higher-order operator, as of a checkpoint.
+
+    Raises:
+        ChainCutError: names the residual and the remedy.
+    """
+    for body in lifted.root.modules():
+        if not isinstance(body, GraphModule):
+            continue
+        flow = Flow(body.graph, body)
+        for node in flow.nodes:
+            locate(node)
+            if ops.is_add(node) and hides_residual(flow, node):
+                raise ChainCutError(
+                    f"{name}: the residual at {flow.location(node)} lies inside a region that "
+                    "Dynamo captures as one operator (a checkpoint, a nested compiled region), so "
+                    "it cannot be rewired with the others. Turn checkpointing off around "
+                    "residuals (re2fx takes its place), or rewire first: "
+                    "torch.compile(re2fx.transform(model), backend='re2fx')."
+                )
+
+
+def hides_residual(flow: Flow, add: Node) -> bool:
+    """Whether one operand of a sum derives from the other through something that reads an input."""
+    operands = flow.inputs(add)
+    if len(operands) != 2 or not is_activation_sum(add):
+        return False
+    for skip, branch in (operands, operands[::-1]):
+        region = flow.between(skip, [branch])
+        if any(n.op == "placeholder" and n is not skip for m in region for n in flow.inputs(m)):
+            return True
+    return False
 
 
 def cut(flow: Flow, add: Node, origin: Origin, where: str | None) -> ChainCutError:

@@ -118,8 +118,11 @@ def is_member(node: Node, value: Any) -> bool:
         return True
     source = getattr(node.meta.get("grapharg"), "source", None)
     guard = getattr(source, "guard_source", None)
-    return guard is not None and bool(
-        guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module()
+    # A tensor with a history that was put on a module is an activation.
+    return (
+        guard is not None
+        and not value.requires_grad
+        and bool(guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
     )
 
 

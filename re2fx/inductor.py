@@ -43,7 +43,7 @@ class ReversePass(CustomGraphPass):
     def uuid(self) -> Any:
         """A key for the caches: this code, and the other passes'."""
         others = self.before if isinstance(self.before, (list, tuple)) else [self.before]
-        keys = [other.uuid() for other in others if other is not None]
+        keys = [getattr(other, "uuid", lambda: None)() for other in others if other is not None]
         if None in keys:
             return None
         return get_hash_for_files(_SOURCES, repr(keys))

@@ -151,6 +151,13 @@ def is_number_op(node: Node) -> bool:
     return target is torch._assert or getattr(target, "__module__", "") in _NUMBER_MODULES
 
 
+def switches_context(node: Node) -> bool:
+    """Switches gradients, autocast or another state that later operations run under."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    words = ("set_grad_enabled", "_autocast", "_nesting", "inference_mode", "functorch")
+    return any(word in name for word in words)
+
+
 def is_number_input(node: Node) -> bool:
     """An input that is known to be a number, such as a size that varies between calls."""
     known = node.op == "placeholder" and "example_value" in node.meta
