@@ -156,7 +156,7 @@ def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired
     if not origin.partial:
         check_consistency(origin.root, origin.name, (options, tuple(settings.leaves)), plan)
     if not plan.chains:
-        nothing_rewired(lifted, origin, plan, settings)
+        nothing_rewired(origin, plan, settings)
         return None
     rewired = rewire_plan(flow, plan, options)
     if settings.memory == "reversible":
@@ -260,14 +260,6 @@ class Runner:
 def nothing_rewired(lifted: Lifted, origin: Origin, plan: Plan, settings: Settings) -> None:
     """Say why a whole model stays as it is; a piece of one may well have no residual."""
     if origin.partial:
-        if origin.before is not None and any(True for _ in lifted.root.parameters()):
-            warnings.warn(
-                f"{origin.name}: the code at {origin.before} is run by Python around compiled "
-                "pieces, so additions there are not seen and not rewired. fullgraph=True shows "
-                "why Dynamo cannot capture it.",
-                Re2fxWarning,
-                stacklevel=2,
-            )
         return
     text = (
         f"nothing in {origin.name} can be rewired; it is compiled unchanged.\n"

@@ -9,10 +9,11 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from functorch.compile import aot_module, make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -58,10 +59,10 @@ class Checking(Interpreter):
     """Runs a backward; what was put into it must come out the way the graph says."""
 
     def run_node(self, n: Node) -> Any:
-        """Compare shapes, dtypes and memory layouts."""
+        """Compare shapes and memory layouts."""
         result, value = super().run_node(n), n.meta.get("val")
         if isinstance(value, Tensor) and n.meta.get("partitioner_tag") == IN_BACKWARD:
-            assert (result.shape, result.dtype) == (value.shape, value.dtype), n.format_node()
+            assert result.shape == value.shape, n.format_node()
             layouts = zip(result.shape, result.stride(), value.stride(), strict=True)
             same = all(size == 1 or have == want for size, have, want in layouts)
             assert same, f"{n.format_node()}: {result.stride()} instead of {value.stride()}"
@@ -77,6 +78,7 @@ class Watched:
 
     Attributes:
         rev: the network.
+        members: how many parameters and buffers it has.
         run: the compiled network.
         blocks: how many blocks each joint graph reconstructs.
         joints: the joint graphs, reversed.
@@ -87,6 +89,7 @@ class Watched:
     """
 
     rev: re2fx.RewiredModule
+    members: int
     run: Callable[..., Any] = field(init=False)
     blocks: list[int] = field(default_factory=list)
     joints: list[Graph] = field(default_factory=list)
@@ -96,33 +99,33 @@ class Watched:
     results: list[Any] = field(default_factory=list)
 
     def roles(self) -> dict[str, list[Node]]:
-        """What the last forward saves: parameters, inputs, stream states, random states, others.
+        """What the last forward saves: members, inputs, stream states, random states, others.
 
         Views of a tensor count as the tensor.
         """
         found: dict[str, list[Node]] = {}
         for node in self.saved[-1]:
-            found.setdefault(role(node), []).append(node)
+            found.setdefault(self.role(node), []).append(node)
         return found
 
     def counts(self) -> dict[str, int]:
         """How many of each, parameters left out."""
         return {name: len(nodes) for name, nodes in self.roles().items() if name != "member"}
 
-
-def role(node: Node) -> str:
-    """What a saved tensor is."""
-    source: Any = node
-    while source.target in VIEWS:
-        source = source.args[0]
-    if source.op == "placeholder":
-        return "member" if isinstance(source.meta["val"], nn.Parameter) else "input"
-    if source.meta.get("stream"):
-        return "stream"
-    target = source.target
-    if target is operator.getitem:
-        target = source.args[0].target
-    return "state" if target is run_and_save_rng_state else str(target)
+    def role(self, node: Node) -> str:
+        """What a saved tensor is."""
+        source: Any = node
+        while source.target in VIEWS:
+            source = source.args[0]
+        if source.op == "placeholder":
+            places = [place for place in source.graph.nodes if place.op == "placeholder"]
+            return "member" if places.index(source) < self.members else "input"
+        if source.meta.get("stream"):
+            return "stream"
+        target = source.target
+        if target is operator.getitem:
+            target = source.args[0].target
+        return "state" if target is run_and_save_rng_state else str(target)
 
 
 def size(nodes: list[Node]) -> int:
@@ -146,7 +149,9 @@ def watch(
         dynamic: whether sizes are symbols.
         edit: something to do to the reversed graph before it is partitioned.
     """
-    watched = Watched(rev)
+    marked = Marked(rev, reversible)
+    members = {**dict(marked.named_parameters()), **dict(marked.named_buffers())}
+    watched = Watched(rev, len(members))
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
         before = set(joint.graph.nodes)
@@ -179,15 +184,17 @@ def watch(
         return make_boxed_func(module)
 
     compiled: list[Any] = []
-    watched.run = aot_module(
-        Marked(rev, reversible),
+    function = aot_function(
+        lambda members, *args: torch.func.functional_call(marked, members, args, tie_weights=False),
         lambda module, inputs: make_boxed_func(compiled[-2]),
         lambda module, inputs: make_boxed_func(compiled[-1]),
         partition,
+        num_params_buffers=len(members),
         keep_inference_input_mutations=True,
         inference_compiler=infer,
         dynamic=dynamic,
     )
+    watched.run = partial(function, members)
     return watched
 
 
@@ -216,7 +223,8 @@ def check_joint(graph: Graph, before: set[Node]) -> None:
 
 def is_of_the_forward(node: Node) -> bool:
     """Whether a new node is one of those that replace forward nodes."""
-    if node.target in (run_and_save_rng_state, aten.sym_size.int) or node.meta.get("stream"):
+    symbols = (aten.sym_size.int, aten.sym_stride.int)
+    if node.target in (run_and_save_rng_state, *symbols) or node.meta.get("stream"):
         return True
     source: Any = node.args[0]
     if node.target is operator.getitem:

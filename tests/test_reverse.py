@@ -107,8 +107,13 @@ def plain(net: Wired, x: Tensor) -> Tensor:
 # The family.
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS, ids=str)
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+FAMILY = [
+    *((coupling, "mean") for coupling in COUPLINGS[::2]),
+    *((coupling, "sum") for coupling in COUPLINGS),
+]
+
+
+@pytest.mark.parametrize(("coupling", "readout"), FAMILY, ids=str)
 def test_couplings_and_readouts(coupling: Coupling, readout: str) -> None:
     rev = rewired(Net(dropout=0.3), coupling=coupling, readout=readout)
     watched = assert_compiled_equals_store(rev, X)
@@ -116,8 +121,7 @@ def test_couplings_and_readouts(coupling: Coupling, readout: str) -> None:
     assert watched.counts()["stream"] == 2
 
 
-@pytest.mark.parametrize("activation", ["branch", "stream"])
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize(("activation", "readout"), [("branch", "mean"), ("stream", "sum")])
 def test_batch_norm_activations_and_dropout(activation: str, readout: str) -> None:
     """Buffers are updated once, masks are the same."""
     rev = rewired(ConvNet(dropout=0.3), activation=activation, readout=readout)
@@ -192,11 +196,48 @@ def many_links(net: Wired, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("wire", [transposed_once, transposed_after_the_first, many_links])
-@pytest.mark.parametrize("coupling", [Coupling.re2tal(), Coupling.consistent(0.5)], ids=str)
-def test_shape_links_do_not_cut_a_chain(wire: Callable[..., Any], coupling: Coupling) -> None:
-    watched = assert_compiled_equals_store(rewired(Wired(wire), coupling=coupling), normal(2, 8, 8))
+def test_shape_links_do_not_cut_a_chain(wire: Callable[..., Any]) -> None:
+    rev = rewired(Wired(wire), coupling=Coupling.consistent(0.5))
+    watched = assert_compiled_equals_store(rev, normal(2, 8, 8))
     assert watched.blocks == [6]
     assert watched.counts()["stream"] == 2
+
+
+class Flat(nn.Module):
+    """Looks at the stream through a view that not every layout allows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.mix(x.flatten(0, 1))).reshape(x.shape)
+
+
+def copied_in_another_order(net: Wired, x: Tensor) -> Tensor:
+    x = net.run(net.stem(x), 0, 2).permute(1, 0, 2).contiguous()
+    return net.head(net.run(net.run(x, 2, 4).transpose(0, 1).clone(), 4))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_links_that_copy(dynamic: bool) -> None:
+    """What is reconstructed behind one has the strides from before it."""
+    rev = rewired(Wired(copied_in_another_order, Flat))
+    watched = assert_compiled_equals_store(rev, normal(3, 5, 8), dynamic=dynamic)
+    assert watched.blocks == [6]
+
+
+def test_links_between_memory_formats() -> None:
+    class Copying(ConvNet):
+        def forward(self, x: Tensor) -> Tensor:
+            first, *rest = self.blocks
+            x = first(self.stem(x)).contiguous(memory_format=torch.channels_last)
+            for block in rest:
+                x = block(x)
+            return self.head(x.mean((2, 3)))
+
+    watched = assert_compiled_equals_store(rewired(Copying()), IMAGE, tolerance=1e-9)
+    assert watched.blocks == [3]
 
 
 def sliced(net: Wired, x: Tensor) -> Tensor:
@@ -220,10 +261,9 @@ def the_input(net: Wired, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("entry", [sliced, every_second, flipped, repeated, the_input])
-@pytest.mark.parametrize("readout", ["mean", "sum"])
-def test_chain_inputs_in_any_layout(entry: Callable[..., Any], readout: str) -> None:
+def test_chain_inputs_in_any_layout(entry: Callable[..., Any]) -> None:
     """What is reconstructed has the strides it had; branches look at it through views."""
-    rev = rewired(Wired(entry, Views, 3), readout=readout)
+    rev = rewired(Wired(entry, Views, 3), readout="sum")
     assert assert_compiled_equals_store(rev, normal(2, 8, 8)).blocks == [3]
 
 
@@ -235,10 +275,10 @@ class Views(nn.Module):
         self.mix, self.act = nn.Linear(width, 2 * width), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.mix(x).chunk(2, dim=-1)
-        a = self.act(a.reshape(x.shape[0], -1)).view(x.shape)
+        a, b = self.act(self.mix(x)).chunk(2, dim=-1)
+        a = a.reshape(x.shape[0], -1).view(x.shape)
         b = b.permute(0, 2, 1).unbind(1)[0].unsqueeze(-1)
-        return (a * b).mul_(0.5).add_(x.transpose(1, 2)[:, :1].transpose(1, 2).sigmoid())
+        return (a * b).mul_(0.5) * x.transpose(1, 2)[:, :1].transpose(1, 2).sigmoid()
 
 
 def test_views_and_writes_in_branches() -> None:
@@ -247,7 +287,8 @@ def test_views_and_writes_in_branches() -> None:
 
 
 def test_channels_last() -> None:
-    model = ConvNet(dropout=0.3).double().to(memory_format=torch.channels_last)
+    model = ConvNet(dropout=0.3).double()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     image = IMAGE.to(memory_format=torch.channels_last)
     assert_compiled_equals_store(rewired(model), image, tolerance=1e-9)
 
@@ -261,9 +302,18 @@ def test_sides_and_taps_with_gradients() -> None:
 
 
 def test_only_the_tap_is_differentiated() -> None:
-    """The blocks behind it are not needed; the ones before are reconstructed all the same."""
+    """Blocks behind it get zeros; the ones before are reconstructed from the end all the same."""
     rev = rewired(Tapped())
-    assert_compiled_equals_store(rev, *normal(2, 3, 8), loss=lambda out: weighted(out[1]))
+    inputs = normal(2, 3, 8)
+    got = outcome(rev, watch(rev).run, *inputs, loss=lambda out: weighted(out[1]))
+    expected = step(rev, "store", *inputs, loss=lambda out: weighted(out[1]))
+    unused = [name for name, gradient in expected.gradients.items() if gradient is None]
+    assert len(unused) == 8
+    for name in unused:
+        gradient = got.gradients.pop(name)
+        assert gradient is None or not gradient.any()
+        del expected.gradients[name]
+    assert_same(got, expected, 1e-10)
 
 
 def side_from_a_tap(net: Wired, x: Tensor) -> Tensor:
@@ -347,7 +397,7 @@ def test_frozen_late_blocks() -> None:
 def test_one_parameter_trains() -> None:
     model = Wired(embedded)
     model.requires_grad_(False)
-    model.branches[2][1].weight.requires_grad_(True)
+    model.branches.get_parameter("2.1.weight").requires_grad_(True)
     assert assert_compiled_equals_store(rewired(model), TOKENS).blocks == [4]
 
 
@@ -364,12 +414,10 @@ def test_a_branch_without_parameters() -> None:
         x = net.stem(x)
         for branch in net.branches:
             x = x + branch(x)
-            x = x + net.gain.detach() * x.roll(1, -1)
+            x = x + net.table.weight[0].detach() * x.roll(1, -1)
         return net.head(x)
 
-    model = Wired(some_without)
-    model.gain = nn.Parameter(torch.ones(8))
-    assert_compiled_equals_store(rewired(model), normal(4, 8))
+    assert_compiled_equals_store(rewired(Wired(some_without)), normal(4, 8))
 
 
 # Randomness.
@@ -416,7 +464,8 @@ class Mask(nn.Module):
 def test_draws_with_equal_arguments_are_different_draws(way: str) -> None:
     """The partitioner merges what looks the same; all blocks would get the same mask."""
     rev = rewired(Wired(plain, lambda width: Mask(width, way), 3))
-    assert_compiled_equals_store(rev, normal(700, 8))
+    watched = assert_compiled_equals_store(rev, normal(700, 8))
+    assert "aten.empty.memory_format" not in watched.counts(), "nothing is in it"
 
 
 def masked(net: Wired, x: Tensor) -> Tensor:
@@ -456,15 +505,24 @@ def test_the_seed_changes_the_masks() -> None:
     ids=str,
 )
 def test_masks_are_never_drawn_anew_by_the_partitioner(setting: dict[str, Any]) -> None:
-    with functorch_config.patch(**setting):  # type: ignore[attr-defined]
+    with functorch_config.patch(**setting):
         assert_compiled_equals_store(rewired(Net(dropout=0.3)), X)
 
 
+def through_the_backend(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    """What `torch.compile` makes of a model, without code generation."""
+    return torch.compile(model, backend="re2fx", options={"compiler": "aot_eager"}, **options)
+
+
 class Checkpointed(Block):
-    """A branch that its user checkpoints."""
+    """A branch that its user may checkpoint."""
+
+    checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + checkpoint(self.branch, x, use_reentrant=False)
+        if self.checkpointing:
+            return x + checkpoint(self.branch, x, use_reentrant=False)
+        return x + self.branch(x)
 
     def branch(self, x: Tensor) -> Tensor:
         """What is checkpointed."""
@@ -473,19 +531,13 @@ class Checkpointed(Block):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_branches_under_a_checkpoint(dropout: float) -> None:
-    """Through Dynamo, which makes a region of it."""
-    model = Net(dropout=dropout, block=Checkpointed).double()
-    same = Net(dropout=dropout).double()
-    same.load_state_dict(model.state_dict())
-    compiled = torch.compile(model, backend="re2fx", options={"compiler": "aot_eager"})
-    expected = step(rewired(same), "store", X)
-    x = X.clone().requires_grad_()
-    torch.manual_seed(0)
-    weighted(compiled(x)).backward()
-    torch.testing.assert_close(x.grad, expected.gradients["input 0"])
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected.gradients[name])
-    assert torch.equal(torch.get_rng_state(), expected.random_state)
+    """They are run again once, with the masks that they had."""
+    model = Net(dropout=dropout, block=Checkpointed)
+    rev = rewired(model)
+    expected = step(rev, "store", X)
+    for block in model.blocks:
+        block.checkpointing = True  # type: ignore[assignment]
+    assert_same(outcome(rev, through_the_backend(model), X), expected, 1e-10)
 
 
 # Buffers.
@@ -541,23 +593,29 @@ def test_two_forwards_before_their_backwards(model: str) -> None:
 
 
 class Centred(nn.Module):
-    """Reads its buffer, then writes to it."""
+    """Reads its buffer, directly or not, then writes to it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, width) * 0.3)
+        self.weight, self.read = nn.Parameter(torch.randn(width, width) * 0.3), read
         self.register_buffer("centre", torch.ones(width))
         self.centre: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        f = torch.tanh((x - self.centre) @ self.weight)
+        f = torch.tanh((x - self.read(self.centre)) @ self.weight)
         with torch.no_grad():
             self.centre.mul_(0.5).add_(x.mean(0), alpha=0.5)
         return f
 
 
-def test_branches_are_rerun_with_the_buffers_they_saw() -> None:
-    assert_compiled_equals_store(rewired(Wired(plain, Centred)), normal(4, 8))
+@pytest.mark.parametrize(
+    "read",
+    [lambda centre: centre, lambda centre: centre.view(1, -1), lambda centre: centre * 2],
+    ids=["itself", "a view", "something computed"],
+)
+def test_branches_are_rerun_with_the_buffers_they_saw(read: Callable[[Tensor], Tensor]) -> None:
+    rev = rewired(Wired(plain, lambda width: Centred(width, read), 3))
+    assert_compiled_equals_store(rev, normal(4, 8))
 
 
 def test_backward_twice() -> None:
@@ -620,13 +678,12 @@ def test_symbolic_sizes(wire: Callable[..., Any]) -> None:
 
 
 def test_symbolic_sizes_through_the_backend() -> None:
-    rev = rewired(Net(dropout=0.3))
-    rev.memory = "reversible"
-    compiled = torch.compile(rev, backend="re2fx", dynamic=True, options={"compiler": "aot_eager"})
+    model = Net(dropout=0.3)
+    rev = rewired(model)
+    compiled = through_the_backend(model, dynamic=True)
     for number in (5, 7):
         x = normal(number, 4)
-        got = outcome(rev, lambda x: compiled(x), x)
-        assert_same(got, step(rev, "store", x), 1e-10)
+        assert_same(outcome(rev, compiled, x), step(rev, "store", x), 1e-10)
 
 
 # What is kept.
@@ -649,13 +706,13 @@ class Attention(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches, blocks of attention and MLP, a head."""
+    """Patches, a number of residuals, attention and MLP in turn, a head."""
 
     def __init__(self, depth: int, dropout: float = 0.1, width: int = 8) -> None:
         super().__init__()
         self.patches = nn.Linear(12, width)
-        self.attentions = nn.ModuleList(Attention(width, dropout) for _ in range(depth))
-        self.mlps = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.attentions = nn.ModuleList(Attention(width, dropout) for _ in range(depth // 2))
+        self.mlps = nn.ModuleList(Block(width, dropout) for _ in range(depth // 2))
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -682,8 +739,8 @@ def depths() -> dict[int, Watched]:
 def test_tensor_by_tensor(depths: dict[int, Watched], depth: int) -> None:
     """Parameters, the input, two streams, the head's input, a generator state per dropout."""
     watched = depths[depth]
-    assert watched.blocks == [2 * depth]
-    assert watched.counts() == {"input": 1, "stream": 2, "state": 2 * depth, **HEAD}
+    assert watched.blocks == [depth]
+    assert watched.counts() == {"input": 1, "stream": 2, "state": depth, **HEAD}
     for state in watched.roles()["state"]:
         assert size([state]) == torch.get_rng_state().numel() == 5056
 
@@ -701,6 +758,7 @@ def test_tensor_by_tensor_by_value(depths: dict[int, Watched], depth: int) -> No
     with re2fx.record() as calls, torch.no_grad():
         rev(PATCHES)
     (call,) = calls
+    assert call.output is not None
     last, before = call.output
     expected = {"input": PATCHES, "last": last, "before": before, "head": (last + before) * 0.5}
     found = []
@@ -716,7 +774,7 @@ def test_tensor_by_tensor_by_value(depths: dict[int, Watched], depth: int) -> No
             if tensor.numel() == value.numel() and torch.equal(tensor.reshape(value.shape), value)
         ]
     assert sorted(found) == sorted(expected)
-    assert len(states) == 2 * depth
+    assert len(states) == depth
 
 
 def test_what_is_kept_does_not_depend_on_the_depth(depths: dict[int, Watched]) -> None:
@@ -738,7 +796,7 @@ def test_stored_marks_keep_every_block() -> None:
     assert_same(outcome(rev, watched.run, PATCHES), step(rev, "store", PATCHES), 1e-10)
     assert watched.blocks == [0]
     assert "state" not in watched.counts()
-    assert sum(watched.counts().values()) > 8 * 4
+    assert sum(watched.counts().values()) > 4 * 4
 
 
 def without_barrier(graph: Graph) -> None:
@@ -754,20 +812,24 @@ def without_barrier(graph: Graph) -> None:
         graph.erase_node(barrier)
 
 
+def linear(width: int) -> nn.Module:
+    """A branch without a norm."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+
 def test_the_barrier_keeps_clones_from_being_merged_with_originals() -> None:
     """Common subexpressions are merged, and then the last block's activations are stored."""
-    rev = rewired(Wired(three_in_sequence))
+    rev, x = rewired(Wired(three_in_sequence, linear)), normal(4, 8)
+    expected = step(rev, "store", x)
     merged, apart = watch(rev, edit=without_barrier), watch(rev)
-    expected = step(rev, "store", normal(4, 8))
     for watched in (merged, apart):
-        assert_same(outcome(rev, watched.run, normal(4, 8)), expected, 1e-10)
+        assert_same(outcome(rev, watched.run, x), expected, 1e-10)
     assert apart.counts() == {"input": 1, "stream": 6, "aten.mul.Tensor": 3}
-    stored = {name: number for name, number in merged.counts().items() if "norm" in name}
-    assert stored
+    assert merged.counts()["aten.addmm.default"] >= 3
     assert sum(merged.counts().values()) > sum(apart.counts().values())
-    with functorch_config.patch(cse=False):  # type: ignore[attr-defined]
+    with functorch_config.patch(cse=False):
         unmerged = watch(rev, edit=without_barrier)
-        outcome(rev, unmerged.run, normal(4, 8))
+        outcome(rev, unmerged.run, x)
     assert unmerged.counts() == apart.counts()
 
 
@@ -845,7 +907,7 @@ def dropping(branch: Branch) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("activation", ["branch", "stream"])
 @settings(
-    max_examples=20,
+    max_examples=16,
     deadline=None,
     derandomize=True,
     database=None,
