@@ -257,7 +257,7 @@ class Runner:
         return self.program.run(root, activations)
 
 
-def nothing_rewired(lifted: Lifted, origin: Origin, plan: Plan, settings: Settings) -> None:
+def nothing_rewired(origin: Origin, plan: Plan, settings: Settings) -> None:
     """Say why a whole model stays as it is; a piece of one may well have no residual."""
     if origin.partial:
         return

@@ -138,8 +138,8 @@ def wrap_compiled(
 
 
 def wrap_around_compiled(model: nn.Module) -> nn.Module:
-    """Compiled inside DistributedDataParallel."""
-    torch._dynamo.config.optimize_ddp = True
+    """Compiled inside DistributedDataParallel, whose optimizer would cut it all the same."""
+    torch._dynamo.config.optimize_ddp = False
     options: dict[str, Any] = {"compiler": "aot_eager"}
     inner: Any = torch.compile(model, backend="re2fx", options=options)
     return nn.parallel.DistributedDataParallel(inner, bucket_cap_mb=BUCKET)
