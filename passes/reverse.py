@@ -205,6 +205,7 @@ class Reversal:
             reached = dependents([draw], lambda n: n in self.backward or n in members)
             if reached.isdisjoint(self.streamed):
                 found |= reached
+                found |= {node for node in draw.all_input_nodes if is_blank(node)}
         return found
 
     def draws_behind(self, members: set[Node]) -> list[Node]:
@@ -285,8 +286,8 @@ class Reversal:
         previous = restrided(previous, block.previous, **IN_BACKWARD)
         states = unlinked(block.current, block.previous)
         return (
-            unlink(block.current, states[0], current),
-            unlink(block.previous, states[1], previous),
+            restrided(unlink(block.current, states[0], current), states[0], **IN_BACKWARD),
+            restrided(unlink(block.previous, states[1], previous), states[1], **IN_BACKWARD),
         )
 
 
@@ -308,6 +309,12 @@ def is_seed(node: Node) -> bool:
 def draws(node: Node) -> bool:
     """Whether an operator makes random numbers, from a generator or from a seed."""
     return is_random(node) or any(is_seed(source) for source in node.all_input_nodes)
+
+
+def is_blank(node: Node) -> bool:
+    """Memory to draw into, cheaper to make again than to keep."""
+    made = node.op == "call_function" and is_tensor(node)
+    return made and not any(map(is_tensor, node.all_input_nodes))
 
 
 def is_small(node: Node) -> bool:
@@ -344,14 +351,27 @@ def keep_overwritten(graph: Graph) -> None:
     """
     written = dict.fromkeys(node.args[0] for node in graph.nodes if node.target is COPY_)
     first = next(node for node in graph.nodes if node.op != "placeholder")
+    read = read_by_clones(graph)
     for old in written:
         users = [user for user in old.users if user.target is not COPY_]
-        if old.op != "placeholder" or not any(is_clone(user) for user in users):
+        if old.op != "placeholder" or old not in read:
             continue
         with graph.inserting_before(first):
             kept = emit(graph, CLONE, old, **MUST_SAVE)
         for user in users:
             user.replace_input_with(old, kept)
+
+
+def read_by_clones(graph: Graph) -> set[Node]:
+    """What clones are computed from besides streams; the backward may compute it again, too."""
+    found: set[Node] = set()
+    stack = [source for node in graph.nodes if is_clone(node) for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in found and node.target not in MARKS:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def is_clone(node: Node) -> bool:

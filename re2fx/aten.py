@@ -105,27 +105,45 @@ def undo(step: Node, value: Node, **meta: Any) -> Node:
         return emit(graph, aten.permute.default, value, inverse, **meta)
     source = step.args[0]
     assert isinstance(source, Node), "a shape-only operator has an input"
-    sizes = [
-        size if isinstance(size, int) else emit(graph, aten.sym_size.int, source, dim)
-        for dim, size in enumerate(source.meta["val"].shape)
-    ]
+    sizes = [number(source, aten.sym_size.int, dim) for dim in range(source.meta["val"].dim())]
     return emit(graph, aten.reshape.default, value, sizes, **meta)
 
 
 def restrided(value: Node, like: Node, **meta: Any) -> Node:
-    """A reconstructed state in the memory layout it had, where that is known to differ."""
+    """A reconstructed state in the memory layout it had, unless that is known to be the same."""
     have, want = value.meta["val"], like.meta["val"]
-    fixed = all(isinstance(n, int) for n in (*want.shape, *want.stride(), *have.stride()))
-    if not fixed or have.stride() == want.stride():
+    layouts = zip(want.shape, have.stride(), want.stride(), strict=True)
+    if all(is_known(size == 1) or is_known(old == new) for size, old, new in layouts):
         return value
-    shape, strides = list(want.shape), list(want.stride())
-    repeated = [dim for dim, step in enumerate(strides) if step == 0 and shape[dim] > 1]
+    graph = value.graph
+    shape = [number(like, aten.sym_size.int, dim) for dim in range(want.dim())]
+    repeated = [dim for dim, step in enumerate(want.stride()) if is_zero(step)]
     if repeated:  # one of the equal parts, seen as often as it was
         for dim in repeated:
-            value = emit(value.graph, aten.slice.Tensor, value, dim, 0, 1, **meta)
-        return emit(value.graph, aten.expand.default, value, shape, **meta)
-    empty = emit(value.graph, aten.new_empty_strided.default, value, shape, strides, **meta)
-    return emit(value.graph, aten.copy.default, empty, value, **meta)
+            value = emit(graph, aten.slice.Tensor, value, dim, 0, 1, **meta)
+        return emit(graph, aten.expand.default, value, shape, **meta)
+    strides = [number(like, aten.sym_stride.int, dim) for dim in range(want.dim())]
+    empty = emit(graph, aten.new_empty_strided.default, value, shape, strides, **meta)
+    return emit(graph, aten.copy.default, empty, value, **meta)
+
+
+def is_known(fact: Any) -> bool:
+    """Whether a statement about sizes is true without a look at them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(fact)
+
+
+def number(like: Node, target: Any, dim: int) -> Any:
+    """A size or a stride of a node: itself, or a node that says it."""
+    value = like.meta["val"]
+    known = (value.shape if target is aten.sym_size.int else value.stride())[dim]
+    return known if isinstance(known, int) else emit(like.graph, target, like, dim)
+
+
+def is_zero(step: Any) -> bool:
+    """Whether a dimension is repeated, not stored."""
+    return isinstance(step, int) and step == 0
 
 
 def is_tensor(node: Node) -> bool:
