@@ -271,7 +271,7 @@ class _Rewirer:
 
     def behind(self, stream: Node) -> AbstractContextManager[Any]:
         """Where to write what is made of a stream: its first reader may switch a context."""
-        return self.graph.inserting_after(stream) if self.switches else nullcontext()
+        return self.graph.inserting_before(stream.next) if self.switches else nullcontext()
 
     def read(self, source: Node, reading: Reading, weights: tuple[float, float, float]) -> Node:
         """The readout of two streams, the pending activation applied."""
