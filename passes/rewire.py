@@ -156,9 +156,10 @@ class _Rewirer:
         if chain.output not in self.states:
             entry = self.flow.by_name[chain.entry]
             value = self.value(entry)
-            dtype = self.emit(entry, lambda x: x.dtype, value)
-            self.recorder.origin = entry
-            start = self.recorder.create_node("call_function", widen, (value,), {})
+            with self.behind(value):
+                dtype = self.emit(entry, lambda x: x.dtype, value)
+                self.recorder.origin = entry
+                start = self.recorder.create_node("call_function", widen, (value,), {})
             self.states[chain.output] = State(start.name, start, dtype, Pair(start, start))
         return self.states[chain.output]
 
@@ -271,7 +272,12 @@ class _Rewirer:
 
     def behind(self, stream: Node) -> AbstractContextManager[Any]:
         """Where to write what is made of a stream: its first reader may switch a context."""
-        return self.graph.inserting_before(stream.next) if self.switches else nullcontext()
+        if not self.switches:
+            return nullcontext()
+        following = stream.next
+        while following.op == "placeholder":
+            following = following.next
+        return self.graph.inserting_before(following)
 
     def read(self, source: Node, reading: Reading, weights: tuple[float, float, float]) -> Node:
         """The readout of two streams, the pending activation applied."""

@@ -989,6 +989,29 @@ def test_a_rewired_submodule_is_compiled_reversibly() -> None:
     assert small < saved(compiled(outer), outer, x) / 2
 
 
+class Stopping(nn.Module):
+    """A leaf that stops Dynamo in the middle of a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.weight
+        torch._dynamo.graph_break()
+        return torch.tanh(x)
+
+
+@executors
+def test_a_rewired_module_may_be_cut_in_the_middle_of_a_chain(options: Options) -> None:
+    """The remedy for a graph break that stays."""
+    model = seeded(lambda: Net(4, dropout=0.4))
+    setattr(model.get_submodule("blocks.1"), "outer", nn.Sequential(nn.Linear(16, 8), Stopping()))
+    rev = rewired(model.double())
+    expected = step(rev, model, X)
+    assert_same(step(compiled(rev, options, fullgraph=False), model, X), expected, 1e-10)
+
+
 @pytest.mark.parametrize(
     "options", [{"readout": "sum"}, {"leaves": ["stem"]}, {"coupling": re2fx.Coupling(0, 1, 2)}]
 )

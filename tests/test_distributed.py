@@ -30,7 +30,7 @@ def data() -> Tensor:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return Net(depth=6).double()
+    return Net(depth=4).double()
 
 
 def expected() -> dict[str, Tensor]:
