@@ -558,18 +558,7 @@ class LoopOfModules(Parts):
         return self.finish(x)
 
 
-class DisabledChain(Parts):
-    """All residuals in a part that is not to be compiled."""
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def hidden(self, x: Tensor) -> Tensor:
-        return self.chain(x, 0, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.hidden(self.stem(x)))
-
-
-@pytest.mark.parametrize("kind", [LoopOfBranches, LoopOfModules, DisabledChain])
+@pytest.mark.parametrize("kind", [LoopOfBranches, LoopOfModules])
 def test_additions_that_python_runs_are_not_left_out_silently(kind: type[nn.Module]) -> None:
     never_another_function(kind())
 
