@@ -161,7 +161,7 @@ def tails(flow: Flow, add: Node, activation: str) -> Iterator[Tail]:
     """The stream values that stand for an addition's result, nearest first."""
     readers = flow.users(add)
     starts = [Tail(add)]
-    activations = [r for r in readers if ops.is_activation(r, flow.root) and r.args]
+    activations = [r for r in readers if ops.is_activation(r, flow.root) and activates(r, add)]
     # A second reader would see the value before the activation, which only the pre-activation
     # stream still holds.
     if activations and (len(readers) == 1 or activation == "stream"):
@@ -172,6 +172,12 @@ def tails(flow: Flow, add: Node, activation: str) -> Iterator[Tail]:
         yield start
         if start.activation is None or activation == "branch":
             yield from linked(flow, start)
+
+
+def activates(node: Node, value: Node) -> bool:
+    """Whether an activation is one of this value, and reads else only members, as ``prelu``."""
+    others = [n for n in node.all_input_nodes if n is not value]
+    return node.args[:1] == (value,) and all(n.op == "get_attr" for n in others)
 
 
 def linked(flow: Flow, tail: Tail) -> Iterator[Tail]:

@@ -4,6 +4,7 @@
     y = relu_(x); z = f(x)          y = relu_(x); z = f(y)        reads go through the write
     out += identity                 out_1 = out + identity        where nobody can tell
     x.add_(f, alpha=2)              torch.add(x, f, alpha=2)
+    nn.Flatten(2)(x)                x.flatten(2, -1)
 
 Values, RNG and side effects stay the same, bit for bit. A new graph is returned.
 """
@@ -11,6 +12,7 @@ Values, RNG and side effects stay the same, bit for bit. A new graph is returned
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +31,36 @@ def normalize(graph: Graph, root: nn.Module) -> Graph:
         root: the module its targets are looked up in.
     """
     new = copy_graph(graph)
+    call_reshapes_as_methods(new, root)
     read_through_writes(new, root)
     write_adds_out_of_place(new, root)
     new.lint()
     return new
+
+
+def call_reshapes_as_methods(graph: Graph, root: nn.Module) -> None:
+    """Replace modules that only reshape by what they call."""
+    for node in list(graph.nodes):
+        module = ops.module_of(node, root)
+        arguments = reshape_arguments(module)
+        if module is None or arguments is None or ops.has_hooks(module):
+            continue
+        if len(node.args) != 1 or node.kwargs:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_method(type(module).__name__.lower(), (node.args[0], *arguments))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def reshape_arguments(module: nn.Module | None) -> tuple[Any, ...] | None:
+    """What ``nn.Flatten`` or ``nn.Unflatten`` gives to the method of its name."""
+    if type(module) is nn.Flatten:
+        return (module.start_dim, module.end_dim)
+    if type(module) is nn.Unflatten and isinstance(module.dim, int):
+        return (module.dim, tuple(module.unflattened_size))
+    return None
 
 
 def read_through_writes(graph: Graph, root: nn.Module) -> None:

@@ -26,7 +26,7 @@ from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
 from .coupling import Coupling, Readout
-from .cuts import check_bodies, check_cuts
+from .cuts import check_bodies, check_cuts, warn_of_additions
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
 from .graph import location
@@ -153,6 +153,7 @@ def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired
     flow, plan = make_plan(lifted.graph, lifted.root, options.activation, settings.leaves)
     check_cuts(flow, plan, origin)
     check_bodies(lifted, origin.name)
+    warn_of_additions(origin)
     if not origin.partial:
         check_consistency(origin.root, origin.name, (options, tuple(settings.leaves)), plan)
     if not plan.chains:

@@ -7,6 +7,7 @@ be a stream must therefore not cross the boundary of a piece.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
@@ -14,10 +15,12 @@ from torch.fx import GraphModule, Node
 
 from . import ops
 from .dynamo import Lifted, locate
-from .errors import ChainCutError
+from .errors import ChainCutError, Re2fxWarning
 from .graph import Flow
 from .origin import Origin
 from .plan import Plan
+
+REWIRE = "rewire first: torch.compile(re2fx.transform(model), backend='re2fx')"
 
 
 def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
@@ -34,16 +37,31 @@ def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
     if not origin.partial:
         return
     adds = [flow.by_name[r.add] for chain in plan.chains for r in chain.residuals]
-    adds += [flow.by_name[r.node] for r in plan.refusals if r.rule != "leaf"]
+    refused = [r for r in plan.refusals if r.rule != "leaf"]
     halves = [flow.by_name[miss.node] for miss in plan.misses if miss.rule == "two sources"]
     halves = [add for add in halves if is_activation_sum(add)]
     if origin.before is not None or origin.ddp:
-        for add in (*adds, *halves):
+        for add in (*adds, *(flow.by_name[r.node] for r in refused), *halves):
             if reaches(flow, add, flow.inputs, enters):
                 raise cut(flow, add, origin, origin.before or origin.after)
+    # A projection starts a chain; the piece that goes on with it meets it where it enters.
+    adds += [flow.by_name[r.node] for r in refused if r.rule != "projection"]
     for add in adds:
         if reaches(flow, add, flow.users, leaves):
             raise cut(flow, add, origin, origin.after or origin.before)
+
+
+def warn_of_additions(origin: Origin) -> None:
+    """Warn if Python runs a part of the model that adds, where no backend sees it."""
+    if not origin.additions:
+        return
+    warnings.warn(
+        f"{origin.name}: Dynamo cannot compile the function around this piece, so Python runs the "
+        f"addition at {', '.join(dict.fromkeys(origin.additions))}. If that is a residual, it is "
+        f"not rewired. Remove the graph break (fullgraph=True shows what it is), or {REWIRE}.",
+        Re2fxWarning,
+        stacklevel=2,
+    )
 
 
 def enters(flow: Flow, node: Node) -> bool:
@@ -77,7 +95,7 @@ def reaches(
 
 def passes_stream(flow: Flow, node: Node) -> bool:
     """What may stand between two residuals: anything that keeps every element, but no layer."""
-    if ops.is_add(node) or ops.is_activation(node, flow.root) or "prelu" in node.name:
+    if ops.is_add(node) or ops.is_activation(node, flow.root):
         return True
     if flow.trains(node) or ops.is_norm(node, flow.root):
         return False
@@ -110,8 +128,7 @@ def check_bodies(lifted: Lifted, name: str) -> None:
                     f"{name}: the residual at {flow.location(node)} lies inside a region that "
                     "Dynamo captures as one operator (a checkpoint, a nested compiled region), so "
                     "it cannot be rewired with the others. Turn checkpointing off around "
-                    "residuals (re2fx takes its place), or rewire first: "
-                    "torch.compile(re2fx.transform(model), backend='re2fx')."
+                    f"residuals (re2fx takes its place), or {REWIRE}."
                 )
 
 
@@ -129,13 +146,12 @@ def hides_residual(flow: Flow, add: Node) -> bool:
 
 def cut(flow: Flow, add: Node, origin: Origin, where: str | None) -> ChainCutError:
     """The error."""
-    rewire = "rewire first: torch.compile(re2fx.transform(model), backend='re2fx')"
     if origin.ddp:
-        remedy = f"Set torch._dynamo.config.optimize_ddp = False, or {rewire}, then wrap."
+        remedy = f"Set torch._dynamo.config.optimize_ddp = False, or {REWIRE}, then wrap."
     else:
         remedy = (
             "Remove the graph break (fullgraph=True shows what it is), compile the whole model, or "
-            f"{rewire}."
+            f"{REWIRE}."
         )
     return ChainCutError(
         f"{origin.name}: the residual at {flow.location(add)} may go on beyond this graph, which "

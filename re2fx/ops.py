@@ -61,8 +61,10 @@ _ACTIVATION_MODULES = (
 )  # fmt: skip
 _ACTIVATION_CALLS = {
     F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish,
-    F.hardtanh, F.softplus, F.tanh, F.sigmoid, torch.relu, torch.relu_, torch.tanh, torch.sigmoid,
-    F.relu_, F.elu_, F.leaky_relu_, "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_",
+    F.hardtanh, F.hardsigmoid, F.softplus, F.softsign, F.prelu, F.tanh, F.sigmoid, torch.relu,
+    torch.relu_, torch.tanh, torch.sigmoid, torch.selu, torch.celu, torch.prelu, F.relu_, F.elu_,
+    F.leaky_relu_, F.hardtanh_, F.selu_, F.celu_, "relu", "relu_", "tanh", "tanh_", "sigmoid",
+    "sigmoid_", "prelu",
 }  # fmt: skip
 _NORM_MODULES = (
     nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase,

@@ -7,11 +7,13 @@ compiled model and the frame being compiled say whether another piece ran before
 
 from __future__ import annotations
 
+import dis
 import inspect
 import os
 import sys
-import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _DYNAMO = os.path.join(_TORCH, "_dynamo") + os.sep
 _CONVERT = os.path.join(_DYNAMO, "convert_frame.py")
 _ENTRY = os.path.join(_DYNAMO, "eval_frame.py")
+# Names in the code that Dynamo writes in place of a function's own.
+_COMPILED = ("__compiled_fn", "__resume_at")
 _MODULES = os.path.join(_TORCH, "nn", "modules") + os.sep
 _MODULE = os.path.join(_MODULES, "module.py")
 
@@ -35,12 +39,15 @@ class Origin:
         before: where the rest of the model calls this piece from, if it is one.
         after: where and why the graph ends early, if it does.
         ddp: whether DistributedDataParallel's optimizer split the graph.
+        additions: where Python itself may add tensors, in functions that Dynamo gave up on and
+            that call this piece.
     """
 
     root: Any
     before: str | None = None
     after: str | None = None
     ddp: bool = False
+    additions: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -57,37 +64,61 @@ class Origin:
 
 def find_origin(module: GraphModule) -> Origin:
     """Look at the reason the graph ended and at the frames that led to its compilation."""
-    root, caller = callers()
+    root, frames = callers()
+    caller = place(frames[0].f_code.co_filename, frames[0].f_lineno) if frames else None
+    additions = tuple(additions_in(frames))
     reason: Any = getattr(module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
-        return Origin(root, caller)
+        return Origin(root, caller, additions=additions)
     if "DDPOptimizer" in reason.reason:
         return Origin(root, caller, "DistributedDataParallel's bucket boundaries", ddp=True)
     sentence = next(iter(reason.reason.splitlines()), "").rstrip(". ")
-    where = place(reason.user_stack[-1]) if reason.user_stack else "an unknown line"
-    return Origin(root, caller, f"{where} ({sentence})")
+    last = reason.user_stack[-1] if reason.user_stack else None
+    where = place(last.filename, last.lineno) if last else "an unknown line"
+    return Origin(root, caller, f"{where} ({sentence})", additions=additions)
 
 
-def place(frame: traceback.FrameSummary) -> str:
-    """A frame as ``file:line``."""
-    return f"{frame.filename}:{frame.lineno}"
+def place(file: str, line: int | None) -> str:
+    """``file:line``."""
+    return f"{file}:{line}"
 
 
-def callers() -> tuple[Any, str | None]:
-    """What was compiled, and the innermost Python frame of the model that runs already."""
+def callers() -> tuple[Any, list[FrameType]]:
+    """What was compiled, and the Python frames of the model that run already, innermost first."""
     frame: Any = sys._getframe(1)
-    caller: str | None = None
+    running: list[FrameType] = []
     converting = False
     while frame is not None:
         file = frame.f_code.co_filename
         if file == _CONVERT:
-            converting, caller = True, None
+            converting, running = True, []
         elif converting and file == _ENTRY and "fn" in frame.f_locals:
-            return compiled(frame.f_locals["fn"]), caller
-        elif converting and caller is None and runs_model(file):
-            caller = f"{file}:{frame.f_lineno}"
+            return compiled(frame.f_locals["fn"]), running
+        elif converting and runs_model(file):
+            running.append(frame)
         frame = frame.f_back
-    return None, None
+    return None, []
+
+
+def additions_in(frames: Iterable[FrameType]) -> Iterator[str]:
+    """Where functions that Python runs as they were written add two values."""
+    for frame in frames:
+        code = frame.f_code
+        if any(name.startswith(_COMPILED) for name in code.co_names):
+            continue
+        lines = dict(dis.findlinestarts(code))
+        line, before = code.co_firstlineno, ""
+        for step in dis.get_instructions(code):
+            line = lines.get(step.offset) or line
+            if adds(step) and before != "LOAD_CONST":
+                yield place(code.co_filename, line)
+            before = step.opname
+
+
+def adds(step: dis.Instruction) -> bool:
+    """Whether a step of Python adds."""
+    words = ("BINARY_ADD", "INPLACE_ADD")  # before Python 3.11
+    return step.opname in words or step.argrepr in ("+", "+=") or step.argval == "add_"
 
 
 def compiled(function: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Node
 import re2fx
 
 from .models import Net
-from .zoo import ZOO, timm
+from .zoo import ZOO
 
 OFF = {"drop_rate": 0.0, "proj_drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
 
