@@ -135,11 +135,13 @@ class Chain:
 
     Attributes:
         entry: name of its input.
+        before: name of the state before, if it is another one.
         current, previous: the two states behind the last block.
         steps: blocks and links so far.
     """
 
     entry: str
+    before: str | None
     current: Node
     previous: Node
     steps: list[Block | Link] = field(default_factory=list)
@@ -161,7 +163,7 @@ def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
             node.replace_all_uses_with(unlinked(node) if node.target is LINK else node.args[0])
             new.erase_node(node)
     new.lint()
-    return new, tuple(Wiring(chain.entry, tuple(chain.steps)) for chain in chains)
+    return new, tuple(Wiring(chain.entry, tuple(chain.steps), chain.before) for chain in chains)
 
 
 def unlinked(stream: Any) -> Any:
@@ -190,7 +192,8 @@ def unmark_block(node: Node, chains: list[Chain]) -> None:
         start, before = start.args[0], before.args[0]
     chain = next((c for c in chains if c.current is start and c.previous is before), None)
     if chain is None:
-        chain = Chain(unlinked(current).name, current, previous)
+        before_entry = None if previous is current else unlinked(previous).name
+        chain = Chain(unlinked(current).name, before_entry, current, previous)
         chains.append(chain)
     elif links:
         currents, previouses = zip(*reversed(links), strict=True)

@@ -169,7 +169,11 @@ class _Outliner:
     def sides(self, group: Group) -> list[Node]:
         """Side inputs of a block, in a fixed order."""
         assert isinstance(group.step, Block), "links have sides per operation"
-        return self.outside(group.body, [self.flow.by_name[group.step.current]])
+        current, branch = (self.flow.by_name[n] for n in (group.step.current, group.step.branch))
+        sides = self.outside(group.body, [current])
+        if branch in (current, *group.body, *sides):
+            return sides
+        return [*sides, branch]  # computed in another graph, when a rewired module is cut
 
     def link_sides(self, link: Link) -> list[list[Node]]:
         """Side inputs per operation of a link."""
@@ -193,8 +197,10 @@ class _Outliner:
     def emit_group(self, group: Group) -> None:
         """A block or a link, with the begin and the end of its chain."""
         if group.first:
-            entry = self.flow.by_name[self.wirings[group.chain].entry]
-            self.emit(Enter(group.chain, self.slot(entry)), [entry])
+            wiring = self.wirings[group.chain]
+            names = [name for name in (wiring.entry, wiring.before) if name is not None]
+            entries = [self.flow.by_name[name] for name in names]
+            self.emit(Enter(group.chain, *map(self.slot, entries)), entries)
         if isinstance(group.step, Link):
             self.emit_link(group, group.step)
         else:

@@ -154,8 +154,7 @@ def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired
     check_cuts(flow, plan, origin)
     check_bodies(lifted, origin.name)
     warn_of_additions(origin)
-    if not origin.partial:
-        check_consistency(origin.root, origin.name, (options, tuple(settings.leaves)), plan)
+    check_consistency(origin, (options, tuple(settings.leaves)), plan)
     if not plan.chains:
         nothing_rewired(origin, plan, settings)
         return None

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .errors import ModeMismatchError
+from .origin import Origin
 from .plan import Location, Plan
 
 Key = tuple[str, int, int]
@@ -20,21 +21,21 @@ Places = dict[Key, tuple[Key | None, str]]
 _seen: WeakKeyDictionary[nn.Module, dict[object, list[tuple[bool, Places]]]] = WeakKeyDictionary()
 
 
-def check_consistency(root: object, name: str, options: object, plan: Plan) -> None:
-    """Compare a plan with all earlier ones of the same module and options.
+def check_consistency(origin: Origin, options: object, plan: Plan) -> None:
+    """Compare a plan with all earlier ones of the same module, code and options.
 
     Args:
-        root: what was compiled; only a module can be recognised.
-        name: what to call it.
+        origin: what was compiled; without a module it cannot be recognised.
         options: how it is rewired; another ``torch.compile`` may rewire it otherwise.
         plan: of the graph at hand.
 
     Raises:
         ModeMismatchError: names the first residual that is treated differently.
     """
-    if not isinstance(root, nn.Module):
+    root, name = origin.owner, origin.name
+    if root is None:
         return
-    earlier = _seen.setdefault(root, {}).setdefault(options, [])
+    earlier = _seen.setdefault(root, {}).setdefault((origin.code, options), [])
     now = places(plan)
     for training, before in earlier:
         modes = (mode(training), mode(root.training))

@@ -36,6 +36,8 @@ class Origin:
 
     Attributes:
         root: what was given to ``torch.compile``, or None if that is not known.
+        owner: the module that the compiled function is a method of or works on.
+        code: the name of the compiled function; of a piece, where it goes on.
         before: where the rest of the model calls this piece from, if it is one.
         after: where and why the graph ends early, if it does.
         ddp: whether DistributedDataParallel's optimizer split the graph.
@@ -44,6 +46,8 @@ class Origin:
     """
 
     root: Any
+    owner: nn.Module | None = None
+    code: str = ""
     before: str | None = None
     after: str | None = None
     ddp: bool = False
@@ -64,18 +68,21 @@ class Origin:
 
 def find_origin(module: GraphModule) -> Origin:
     """Look at the reason the graph ended and at the frames that led to its compilation."""
-    root, frames = callers()
+    root, entered, frames = callers()
+    owner, code = owner_of(root, entered), entered.f_code.co_name if entered else ""
     caller = place(frames[0].f_code.co_filename, frames[0].f_lineno) if frames else None
     additions = tuple(additions_in(frames))
     reason: Any = getattr(module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
-        return Origin(root, caller, additions=additions)
+        return Origin(root, owner, code, caller, additions=additions)
     if "DDPOptimizer" in reason.reason:
-        return Origin(root, caller, "DistributedDataParallel's bucket boundaries", ddp=True)
+        return Origin(
+            root, owner, code, caller, "DistributedDataParallel's bucket boundaries", ddp=True
+        )
     sentence = next(iter(reason.reason.splitlines()), "").rstrip(". ")
     last = reason.user_stack[-1] if reason.user_stack else None
     where = place(last.filename, last.lineno) if last else "an unknown line"
-    return Origin(root, caller, f"{where} ({sentence})", additions=additions)
+    return Origin(root, owner, code, caller, f"{where} ({sentence})", additions=additions)
 
 
 def place(file: str, line: int | None) -> str:
@@ -83,21 +90,30 @@ def place(file: str, line: int | None) -> str:
     return f"{file}:{line}"
 
 
-def callers() -> tuple[Any, list[FrameType]]:
-    """What was compiled, and the Python frames of the model that run already, innermost first."""
+def callers() -> tuple[Any, Any, list[FrameType]]:
+    """What was compiled, the frame at hand, and those of the model that run it, innermost first."""
     frame: Any = sys._getframe(1)
     running: list[FrameType] = []
-    converting = False
+    converting: Any = None
     while frame is not None:
         file = frame.f_code.co_filename
         if file == _CONVERT:
-            converting, running = True, []
+            converting, running = frame.f_locals.get("frame", converting), []
         elif converting and file == _ENTRY and "fn" in frame.f_locals:
-            return compiled(frame.f_locals["fn"]), running
+            return compiled(frame.f_locals["fn"]), converting, running
         elif converting and runs_model(file):
             running.append(frame)
         frame = frame.f_back
-    return None, []
+    return None, None, []
+
+
+def owner_of(root: Any, frame: Any) -> nn.Module | None:
+    """The module of a frame: its ``self``, or the first it has among its variables."""
+    if frame is None:
+        return root if isinstance(root, nn.Module) else None
+    held = frame.f_locals
+    values = [held.get("self"), *held.values(), *map(frame.f_globals.get, frame.f_code.co_names)]
+    return next((value for value in values if isinstance(value, nn.Module)), None)
 
 
 def additions_in(frames: Iterable[FrameType]) -> Iterator[str]:

@@ -30,10 +30,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Enter:
-    """A chain begins with the value in slot ``start``."""
+    """A chain begins with the value in slot ``start``, and that in ``before`` as the one before."""
 
     chain: int
     start: int
+    before: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class Program:
                 values[slot] = value
             return outputs
         if isinstance(step, Enter):
-            calls[step.chain] = ChainCall(root, values[step.start])
+            starts = [values[slot] for slot in (step.start, step.before) if slot is not None]
+            calls[step.chain] = ChainCall(root, *starts)
             return None
         call = calls[step.chain]
         if isinstance(step, Leave):

@@ -1,8 +1,10 @@
 """One compiled artifact per distinct piece of a network.
 
 The blocks of a deep network are copies of a few structures. Parameters, buffers and side inputs
-become arguments, so that all blocks of one structure call the same compiled function and the time
-to compile does not grow with depth. The forward and the rerun call the very same function too.
+become arguments, so that all blocks of one structure and width call the same compiled function and
+the time to compile does not grow with depth. (Each width has its own, because Dynamo gives up on a
+function that it has to compile for too many.) The forward and the rerun call the very same function
+too.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Regions:
         if not any(node.op == "call_function" or node.op == "call_method" for node in graph.nodes):
             return compile_graph(graph, name)
         pure, members = self._with_members_as_inputs(graph)
-        key = structure(pure)
+        sizes = [tuple(getattr(self._root, member).shape) for member in members]
+        key = f"{structure(pure)}\n{sizes}"
         if key not in self._functions:
             self._functions[key] = self._wrap(compile_graph(pure, name))
         function = self._functions[key]

@@ -120,16 +120,24 @@ class Walk:
 class ChainCall:
     """One forward call of one chain.
 
+    Args:
+        root: holds the members its branches read.
+        start: ``p_1``, the chain's input.
+        before: ``p_0`` if it is another value, as behind a graph break.
+
     Attributes:
         records: per block and link what is needed to run it again.
         output: the last two stream states ``(p_n, p_{n-1})``, detached; set by `leave`.
     """
 
-    def __init__(self, root: Any, start: torch.Tensor) -> None:
+    def __init__(self, root: Any, start: torch.Tensor, before: torch.Tensor | None = None) -> None:
         self.root = root
         self.records: list[Record] = []
         self.output: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._streams: tuple[torch.Tensor, torch.Tensor] | None = (start, start)
+        self._streams: tuple[torch.Tensor, torch.Tensor] | None = (
+            start,
+            start if before is None else before,
+        )
         self._walks: dict[int, Walk] = {}
         self._lock = threading.RLock()
 

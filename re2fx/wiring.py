@@ -46,10 +46,17 @@ class Link:
 
 @dataclass(frozen=True)
 class Wiring:
-    """One chain in the rewired graph: the name of its input and its steps in order."""
+    """One chain in the rewired graph.
+
+    Attributes:
+        entry: name of its input.
+        steps: blocks and links in order.
+        before: name of the state before its input, if the chain goes on from another graph.
+    """
 
     entry: str
     steps: tuple[Block | Link, ...]
+    before: str | None = None
 
     @property
     def blocks(self) -> tuple[Block, ...]:
