@@ -563,6 +563,25 @@ def test_additions_that_python_runs_are_not_left_out_silently(kind: type[nn.Modu
     never_another_function(kind())
 
 
+def test_the_warning_names_the_additions() -> None:
+    model = LoopOfBranches().double()
+    number = line(LoopOfBranches.forward, "x + self.branch")
+    with pytest.warns(re2fx.Re2fxWarning, match=f"the addition at {__file__}:{number}. If that"):
+        run(compiled(model))
+
+
+def test_numbers_that_python_adds_are_no_reason_to_warn() -> None:
+    class Counting(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x))
+            for number in range(2):
+                graph_break()
+                x = torch.tanh(x) if number + 1 > 1 else torch.sin(x)
+            return x
+
+    run(compiled(Counting().double()))
+
+
 @pytest.mark.parametrize("carried", [0, 1, 2])
 def test_a_stream_kept_on_the_module(carried: int) -> None:
     """It looks like a buffer to the piece that reads it."""

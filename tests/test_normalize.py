@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph
 
 from re2fx.capture import capture
@@ -172,6 +172,27 @@ def test_reads_before_the_write_are_left_alone() -> None:
     (reader,) = (n for n in after.nodes if n.target == "b")
     assert reader.all_input_nodes[0].name == "s"
     assert_equal_programs(model, before, after)
+
+
+def test_modules_that_reshape_are_methods() -> None:
+    class Reshaping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat, self.hooked = nn.Flatten(1), nn.Flatten(1)
+            self.split = nn.Unflatten(-1, (2, -1))
+            self.hooked.register_forward_hook(lambda module, args, out: 2 * out)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.hooked(self.split(self.flat(x)))
+            return out
+
+    model = Reshaping()
+    graph = capture(model).eval
+    new = normalize(graph, model)
+    assert [str(n.target) for n in new.nodes][1:-1] == ["flatten", "unflatten", "hooked"]
+    x = torch.randn(2, 3, 4)
+    result = compile_graph(new, "new")(model, x)
+    torch.testing.assert_close(result, model(x), rtol=0, atol=0)
 
 
 def test_chained_in_place_additions() -> None:
