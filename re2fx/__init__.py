@@ -5,7 +5,7 @@ the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, bac
 compiles.
 """
 
-from .api import Explanation, explain, transform
+from .api import explain, transform
 from .coupling import Coupling
 from .emitted import Emitted, emit
 from .errors import (
@@ -21,6 +21,7 @@ from .errors import (
     ReplayError,
     StreamError,
 )
+from .explanation import Explanation
 from .module import RewiredModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record

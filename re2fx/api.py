@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,8 @@ from .errors import (
     OptionError,
     Re2fxWarning,
 )
-from .graph import Flow
+from .explanation import Explanation
+from .graph import Flow, copy_graph
 from .module import MEMORIES, Executors, Memory, Rewired, RewiredModule
 from .passes.chain import chain
 from .passes.cleanup import cleanup
@@ -132,7 +133,9 @@ def rewire_graph(graph: Graph, model: nn.Module, options: Options, leaves: Leave
         leaves: modules to leave alone in a graph that was traced into them.
     """
     flow, plan = make_plan(graph, model, options.activation, leaves)
-    return rewire_plan(flow, plan, options)
+    rewired = rewire_plan(flow, plan, options)
+    history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
+    return replace(rewired, history=history)
 
 
 def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
@@ -140,29 +143,9 @@ def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
     rewired, wirings = rewire(
         flow, plan, options.coupling, options.readout, options.activation
     )  # the two-stream form
+    before = copy_graph(rewired)
     cleanup(rewired)  # dead tuple elements and shape reads
-    return Rewired(rewired, plan, wirings)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What re2fx would do with a model; print it.
-
-    Attributes:
-        name: the model's class.
-        plan: chains, refusals and misses of the train graph.
-        leaves: modules kept whole because tracing into them failed, with the reason.
-    """
-
-    name: str
-    plan: Plan
-    leaves: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.name}: {self.plan}"]
-        for path, reason in self.leaves.items():
-            lines.append(f"kept whole: {path} ({reason})")
-        return "\n".join(lines)
+    return Rewired(rewired, plan, wirings, (("rewired", before),))
 
 
 def explain(

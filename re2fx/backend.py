@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .api import Explanation, Options, make_plan, rewire_plan
+from .api import Options, make_plan, rewire_plan
 from .capture import Leaves
 from .codegen import compile_graph
 from .conditioning import check_conditioning
@@ -29,6 +29,7 @@ from .coupling import Coupling, Readout
 from .cuts import check_bodies, check_cuts, warn_of_additions
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
+from .explanation import Explanation
 from .graph import location
 from .inner import SCOPES, Inner
 from .module import Memory, Rewired, RewiredModule

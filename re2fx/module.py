@@ -21,6 +21,7 @@ from .program import Program, recording
 from .tracing import register, traced_for_re2fx
 from .wiring import Wiring
 
+History = tuple[tuple[str, Graph], ...]
 Memory = Literal["reversible", "store"]
 MEMORIES: tuple[str, ...] = get_args(Memory)
 
@@ -40,11 +41,23 @@ class Executors:
 
 @dataclass(frozen=True)
 class Rewired:
-    """One mode of a network after rewiring: the graph, its plan, and where its chains lie."""
+    """One mode of a network after rewiring.
+
+    Attributes:
+        graph: the two-stream program.
+        plan: what was rewired and what was refused.
+        wirings: where its chains lie.
+        history: name and graph of each step that led to it, the captured graph first.
+    """
 
     graph: Graph
     plan: Plan
     wirings: tuple[Wiring, ...]
+    history: History = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewired:
+        graph = copy.deepcopy(self.graph, memo)
+        return Rewired(graph, self.plan, self.wirings, self.history)  # nobody edits the past
 
 
 class LiveRoot:
@@ -99,6 +112,11 @@ class RewiredModule(GraphModule):
     def plan(self) -> Plan:
         """What was rewired and what was refused, for the current mode."""
         return self._rewired[self.training].plan
+
+    @property
+    def history(self) -> History:
+        """Name and graph of each step of the rewiring, for the current mode."""
+        return (*self._rewired[self.training].history, ("final", self.graph))
 
     @property
     def memory(self) -> Memory:

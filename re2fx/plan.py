@@ -54,6 +54,18 @@ class Residual:
     side_inputs: tuple[str, ...]
     location: Location
 
+    @property
+    def kind(self) -> str:
+        """In the field's words: pre- or post-activation, and what else is about it."""
+        words = ["post-activation" if self.activation else "pre-activation"]
+        if len(self.branches) > 1:
+            words.append(f"{len(self.branches)} parallel branches")
+        if any(scale != 1 for scale in (self.skip_scale, *self.branch_scales)):
+            words.append("scaled")
+        if self.side_inputs:
+            words.append("side inputs")
+        return ", ".join(words)
+
 
 @dataclass(frozen=True)
 class Chain:

@@ -28,9 +28,8 @@ def render_plan(plan: Plan) -> str:
 
 def render_chain(index: int, chain: Chain) -> list[str]:
     """A head line and one line per distinct source line."""
-    first, last = chain.residuals[0].location.module, chain.residuals[-1].location.module
-    where = first if first == last else f"{first} .. {last}"
-    lines = [f"chain {index}: {count(len(chain), 'residual')}, {where or 'the model itself'}"]
+    where = span(residual.location.module for residual in chain.residuals)
+    lines = [f"chain {index}: {count(len(chain), 'residual')}, {where}"]
     key = sorted({(str(short(r.location)), r.location.code) for r in chain.residuals})
     for place, code in key:
         times = sum(
@@ -94,6 +93,22 @@ def short(location: Location) -> Location:
 def count(number: int, noun: str) -> str:
     """``1 chain``, ``2 chains``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def span(modules: Iterable[str]) -> str:
+    """The first and the last of some module paths."""
+    paths = list(modules)
+    first, last = paths[0], paths[-1]
+    return (first if first == last else f"{first} .. {last}") or "the model itself"
+
+
+def amount(size: float) -> str:
+    """Bytes in units a person reads: ``3.50 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
 
 
 def shorten(names: Iterable[str], most: int = 4) -> str:

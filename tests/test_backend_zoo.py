@@ -106,8 +106,9 @@ def test_language_models_train(name: str) -> None:
 CHILD = """
 import sys
 import torch
-from benchmarks.torchvision_shim import ensure_torchvision
-ensure_torchvision()
+import runpy
+shim = runpy.run_path("re2fx/torchvision_shim.py")
+shim["ensure_torchvision"]()
 import timm, torchvision
 assert "re2fx" not in sys.modules
 options = {"compiler": "aot_eager"}

@@ -1,0 +1,119 @@
+"""What re2fx would do with a model, to read and to process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from .plan import Chain, Plan, Refusal, Residual
+from .tables import Table, to_html, to_rich
+from .text import MISSES_SHOWN, short, shorten, span
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+CHAIN_COLUMNS = ("chain>", "residuals>", "modules", "kind", "source", "code")
+REFUSAL_COLUMNS = ("times>", "rule", "modules", "source", "reason")
+MISS_COLUMNS = ("rule", "module", "source", "reason")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What re2fx would do with a model; print it.
+
+    Attributes:
+        name: the model's class.
+        plan: chains, refusals and misses of the train graph.
+        leaves: modules kept whole because tracing into them failed, with the reason.
+    """
+
+    name: str
+    plan: Plan
+    leaves: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.plan}"]
+        for path, reason in self.leaves.items():
+            lines.append(f"kept whole: {path} ({reason})")
+        return "\n".join(lines)
+
+    @property
+    def headline(self) -> str:
+        """One sentence: how many were found, rewired and refused, or that there are none."""
+        if not self.plan.found and not self.plan.misses:
+            return f"{self.name}: the graph has no addition of two activations"
+        return str(self).splitlines()[0]
+
+    def tables(self) -> Iterator[Table]:
+        """Chains, refusals, nearest misses if nothing was found, and modules kept whole."""
+        if self.plan.chains:
+            rows = [row for item in enumerate(self.plan.chains) for row in chain_rows(*item)]
+            yield Table("Rewired", CHAIN_COLUMNS, tuple(rows))
+        if self.plan.refusals:
+            rows = list(grouped(self.plan.refusals))
+            yield Table("Refused, and left exactly as they were", REFUSAL_COLUMNS, tuple(rows))
+        if not self.plan.found and self.plan.misses:
+            rows = list(map(miss_row, self.plan.misses[:MISSES_SHOWN]))
+            yield Table("Nearest misses", MISS_COLUMNS, tuple(rows))
+        if self.leaves:
+            yield Table("Kept whole", ("module", "reason"), tuple(self.leaves.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data for JSON."""
+        return {
+            "model": self.name,
+            "found": self.plan.found,
+            "rewired": self.plan.rewired,
+            "chains": [chain_dict(chain) for chain in self.plan.chains],
+            "refusals": [asdict(refusal) for refusal in self.plan.refusals],
+            "misses": [asdict(miss) for miss in self.plan.misses],
+            "kept_whole": dict(self.leaves),
+        }
+
+    def __rich__(self) -> Group:
+        return to_rich(self.headline, self.tables())
+
+    def _repr_html_(self) -> str:
+        return to_html(self.headline, self.tables())
+
+
+def chain_rows(index: int, chain: Chain) -> Iterator[tuple[str, ...]]:
+    """One row per distinct source line and kind, in the order they first run."""
+    groups: dict[tuple[str, str, str], list[Residual]] = {}
+    for residual in chain.residuals:
+        key = (str(short(residual.location)), residual.location.code, residual.kind)
+        groups.setdefault(key, []).append(residual)
+    for (place, code, kind), residuals in groups.items():
+        modules = span(residual.location.module for residual in residuals)
+        yield str(index), str(len(residuals)), modules, kind, place, code
+
+
+def grouped(refusals: Iterable[Refusal]) -> Iterator[tuple[str, ...]]:
+    """One row per rule and source line."""
+
+    def key(refusal: Refusal) -> tuple[str, str]:
+        return refusal.rule, str(short(refusal.location))
+
+    for (rule, place), group in groupby(sorted(refusals, key=key), key=key):
+        members = list(group)
+        modules = shorten(r.location.module or r.node for r in members)
+        yield str(len(members)), rule, modules, place, members[0].sentence
+
+
+def miss_row(miss: Refusal) -> tuple[str, ...]:
+    """An addition that is no residual."""
+    where = miss.location.module or miss.node
+    return miss.rule, where, str(short(miss.location)), miss.sentence
+
+
+def chain_dict(chain: Chain) -> dict[str, Any]:
+    """A chain as plain data."""
+    residuals = [{"kind": residual.kind, **asdict(residual)} for residual in chain.residuals]
+    return {
+        "residuals": residuals,
+        "links": [list(link) for link in chain.links],
+        "taps": list(chain.taps),
+    }
