@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph
 
-from .capture import Captured, Leaves, capture
+from . import routes
+from .capture import Captured, Leaves
 from .coupling import READOUTS, Coupling, Readout
 from .errors import (
     ModeMismatchError,
@@ -18,7 +19,7 @@ from .errors import (
     Re2fxWarning,
 )
 from .explanation import Explanation
-from .graph import Flow, copy_graph
+from .graph import Flow, copy_graph, forget_examples
 from .module import MEMORIES, Executors, Memory, Rewired, RewiredModule
 from .passes.chain import chain
 from .passes.cleanup import cleanup
@@ -70,6 +71,7 @@ def transform(
     activation: str = "branch",
     memory: Memory = "reversible",
     leaves: Leaves = (),
+    capture: str = "auto",
     strict: bool = False,
 ) -> nn.Module:
     """Rewire a residual network so that its activations can be reconstructed instead of stored.
@@ -86,6 +88,8 @@ def transform(
         activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
         memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
         leaves: module paths or classes to keep whole.
+        capture: how the model becomes a graph: ``"symbolic"``, ``"dynamo"``, or ``"auto"`` for the
+            one that loses least; see `re2fx.routes`.
         strict: raise instead of warn when nothing can be rewired.
 
     Returns:
@@ -102,9 +106,9 @@ def transform(
     if isinstance(model, RewiredModule):
         raise OptionError(f"{type(model).__name__} is rewired already")
     options = Options(coupling or Coupling.re2tal(), readout, activation, memory)
-    captured = capture(model, example_inputs, leaves)
-    train = rewire_graph(captured.train, model, options)
-    eval_ = rewire_graph(captured.eval, model, options)
+    captured = capture_model(model, example_inputs, options.activation, leaves, capture)
+    train = rewire_graph(captured.train, model, options, leaves)
+    eval_ = rewire_graph(captured.eval, model, options, leaves)
     agree(type(model).__name__, train.plan, eval_.plan)
     if not train.plan.chains:
         nothing_rewired(model, train.plan, captured, strict)
@@ -113,6 +117,17 @@ def transform(
     return RewiredModule(
         model, train, eval_, captured.inputs, captured.constants, memory, executors
     )
+
+
+def capture_model(
+    model: nn.Module, example_inputs: Any, activation: str, leaves: Leaves, route: str
+) -> Captured:
+    """The model's graphs, by the route in which most residuals are rewired."""
+
+    def found(captured: Captured) -> int:
+        return make_plan(captured.train, model, activation, leaves)[1].rewired
+
+    return routes.capture(model, example_inputs, leaves, route, found)
 
 
 def make_plan(
@@ -135,6 +150,8 @@ def rewire_graph(graph: Graph, model: nn.Module, options: Options, leaves: Leave
     flow, plan = make_plan(graph, model, options.activation, leaves)
     rewired = rewire_plan(flow, plan, options)
     history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
+    for _, step in (*history, ("final", rewired.graph)):
+        forget_examples(step)
     return replace(rewired, history=history)
 
 
@@ -154,6 +171,7 @@ def explain(
     *,
     activation: str = "branch",
     leaves: Leaves = (),
+    capture: str = "auto",
 ) -> Explanation:
     """List every skip-add: rewired, or refused and why, with its source line.
 
@@ -162,11 +180,12 @@ def explain(
         example_inputs: as for `transform`.
         activation: as for `transform`.
         leaves: as for `transform`.
+        capture: as for `transform`.
     """
     if isinstance(model, RewiredModule):
         return Explanation(type(model).__name__, model.plan, {})
-    captured = capture(model, example_inputs, leaves)
-    _, plan = make_plan(captured.train, model, activation)
+    captured = capture_model(model, example_inputs, activation, leaves, capture)
+    _, plan = make_plan(captured.train, model, activation, leaves)
     return Explanation(type(model).__name__, plan, captured.leaves)
 
 

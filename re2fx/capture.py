@@ -44,13 +44,17 @@ class Captured:
         inputs: how a call's arguments become the graphs' placeholders.
         constants: tensors made while tracing, which the graphs read by name.
         leaves: modules kept whole because tracing into them failed, with the reason.
+        route: how it was captured.
+        failures: the routes that were tried before, and why they were not taken.
     """
 
     train: fx.Graph
     eval: fx.Graph
     inputs: InputSpec
-    constants: dict[str, torch.Tensor]
+    constants: dict[str, Any]
     leaves: dict[str, str] = field(default_factory=dict)
+    route: str = "symbolic"
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -> Captured:
@@ -71,7 +75,7 @@ def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -
     constants: dict[str, torch.Tensor] = {}
     graphs = {}
     for mode in (True, False):
-        with _mode(model, mode):
+        with mode_of(model, mode):
             graphs[mode] = _trace(model, inputs, leaves, failed, constants)
     _warn_of_dissolved_hooks(model, graphs[True])
     called = {str(n.target) for g in graphs.values() for n in g.nodes if n.op == "call_module"}
@@ -81,7 +85,7 @@ def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     """Set every training flag, and give each its own value back afterwards."""
     flags = {module: module.training for module in model.modules()}
     try:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import networkx as nx
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from . import ops
 from .plan import Location
@@ -241,6 +243,51 @@ def location(node: Node) -> Location:
     module = next(reversed(stack.values()))[0] if stack else ""
     frame = node.meta.get("source_line")
     return Location(module, *frame) if frame else Location(module)
+
+
+def forget_examples(graph: Graph) -> None:
+    """Keep shape and type of the examples in a graph, not the examples, which hold their tracer."""
+    for node in graph.nodes:
+        example = node.meta.pop("example_value", None)
+        if isinstance(example, Tensor):
+            node.meta["shape"] = tuple(map(str, example.shape))
+            node.meta["dtype"] = example.dtype
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stands for a node in a frozen graph."""
+
+    name: str
+
+
+Frozen = tuple[tuple[str, str, Any, Any, Any, dict[str, Any]], ...]
+
+
+def freeze(graph: Graph) -> Frozen:
+    """A graph as a flat list; pickled as it is, a graph recurses from node to node."""
+
+    def rows() -> Iterator[tuple[str, str, Any, Any, Any, dict[str, Any]]]:
+        for node in graph.nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Reference(n.name))
+            yield node.op, node.name, node.target, args, kwargs, node.meta
+
+    return tuple(rows())
+
+
+def thaw(frozen: Frozen) -> Graph:
+    """The graph again, with equal node names."""
+    graph = Graph()
+    nodes: dict[str, Node] = {}
+
+    def back(value: Any) -> Any:
+        return nodes[value.name] if isinstance(value, _Reference) else value
+
+    for op, name, target, args, kwargs, meta in frozen:
+        given = map_aggregate((args, kwargs), back)
+        nodes[name] = graph.create_node(op, target, *given, name=name)
+        nodes[name].meta = meta
+    return graph
 
 
 def copy_graph(graph: Graph) -> Graph:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
+from .shapes import Shapes
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -41,11 +42,19 @@ class InputSpec:
         owner: the model's class name, for messages.
         signature: the signature of its forward.
         tree: the bound arguments by name, nested as given, with a slot at each leaf.
+        shapes: what the captures assumed about sizes, if they did.
     """
 
     owner: str
     signature: inspect.Signature
     tree: dict[str, Any]
+    shapes: tuple[Shapes, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The placeholders' names, in order."""
+        slots = pytree.tree_leaves(self.tree)
+        return [slot.name for slot in slots if not slot.is_constant]
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any = None) -> InputSpec:
@@ -69,7 +78,7 @@ class InputSpec:
             fixed = not isinstance(leaf, torch.Tensor)
             return _Slot(_name(path), leaf if fixed else None, fixed, not fixed)
 
-        arguments = _bind(owner, signature, *_split(example_inputs))
+        arguments = _bind(owner, signature, *split(example_inputs))
         return cls(owner, signature, pytree.tree_map_with_path(slot, arguments))
 
     def arguments(self, placeholder: Callable[[str], Any]) -> inspect.BoundArguments:
@@ -108,6 +117,8 @@ class InputSpec:
                     f"{self.owner} was captured with {slot.name}={slot.constant!r} and called with "
                     f"another value. Transform it with example_inputs= that hold this argument."
                 )
+        for shapes in self.shapes:
+            shapes.check(self.owner, values)
         return values
 
 
@@ -117,7 +128,7 @@ def _plain(signature: inspect.Signature) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     if isinstance(example_inputs, dict):

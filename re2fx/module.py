@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .errors import OptionError
+from .graph import freeze, thaw
 from .inputs import InputSpec
 from .plan import Plan
 from .program import Program, recording
@@ -59,6 +60,15 @@ class Rewired:
         graph = copy.deepcopy(self.graph, memo)
         return Rewired(graph, self.plan, self.wirings, self.history)  # nobody edits the past
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        history = tuple((name, freeze(graph)) for name, graph in self.history)
+        return _thawed, (freeze(self.graph), self.plan, self.wirings, history)
+
+
+def _thawed(graph: Any, plan: Plan, wirings: tuple[Wiring, ...], history: Any) -> Rewired:
+    steps = tuple((name, thaw(frozen)) for name, frozen in history)
+    return Rewired(thaw(graph), plan, wirings, steps)
+
 
 class LiveRoot:
     """What generated code calls ``self``: the given model, and the constants of its graphs."""
@@ -71,13 +81,33 @@ class LiveRoot:
         return constants[name] if name in constants else getattr(self.__dict__["_model"], name)
 
 
+class _Uninitialised(nn.Module):
+    """Keeps `GraphModule` from calling the given model's own ``__init__``."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
 class RewiredModule(GraphModule):
     """A rewired network with the parameters, buffers and submodules of the given model.
+
+    It is an instance of the model's class too, with the model's attributes: what the class offers
+    beside ``forward``, such as ``config`` and ``save_pretrained``, is there and runs this network.
 
     The members are *shared*: what happens to one (``load_state_dict``, ``.to()``, a replaced
     submodule, ``train()``) happens to the other. ``graph`` is the plain two-stream program of the
     current mode and ``plan`` says what was rewired. Made by `re2fx.transform`.
     """
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> RewiredModule:
+        kind: type[Any] = cls
+        if not isinstance(model, GraphModule):
+            try:
+                kind = type(type(model).__name__, (cls, _Uninitialised, type(model)), {})
+            except TypeError:  # a metaclass or a layout of its own: without its class's methods
+                kind = cls
+        made: RewiredModule = super().__new__(kind)
+        return made
 
     def __init__(
         self,
@@ -107,6 +137,16 @@ class RewiredModule(GraphModule):
         self.memory = memory
         setattr(type(self), "forward", _with_signature(RewiredModule.forward, inputs.signature))
         self.recompile()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            live = self.__dict__.get("_live")
+            own = vars(live._model) if live is not None else {}
+            if name not in own:
+                raise
+            return own[name]
 
     @property
     def plan(self) -> Plan:
@@ -203,7 +243,10 @@ class RewiredModule(GraphModule):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         constants = self._live._constants
         for name, value in constants.items():
-            constants[name] = value.to(fn(value).device)
+            if isinstance(value, torch.Tensor):
+                constants[name] = value.to(fn(value).device)
+            elif isinstance(value, torch.nn.Module):  # the body of a higher-order operator
+                value._apply(fn)
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,283 @@
+"""Model to graph with Dynamo: what runs, as it runs, control flow on sizes and modules followed.
+
+Keeps what symbolic tracing loses: the backward of a custom ``autograd.Function``, hooks, checkpoint
+regions, optional arguments. Needs example inputs. Nothing is computed: the forward is traced on
+fake tensors, and the call that triggers it gets empty tensors for the graph's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from .dynamo import locate
+from .errors import CaptureError
+from .inputs import InputSpec
+from .outputs import OutputSpec, build
+from .shapes import Shapes, Size
+
+
+@dataclass
+class Recording:
+    """One call as Dynamo saw it.
+
+    Attributes:
+        module: the captured graph.
+        values: what its placeholders stood for in the call.
+        results: the empty tensors that stood for its results.
+        returned: what the model returned, made of them.
+    """
+
+    module: GraphModule | None = None
+    values: tuple[Any, ...] = ()
+    results: list[Tensor] = field(default_factory=list)
+    returned: Any = None
+
+    def backend(self, module: GraphModule, inputs: Sequence[Any]) -> Any:
+        """Keep the graph; run nothing."""
+        (output,) = (node for node in module.graph.nodes if node.op == "output")
+        self.module = module
+
+        def run(*values: Any) -> list[Tensor]:
+            self.values = values
+            self.results = [torch.empty(0) for _ in output.args[0]]
+            return self.results
+
+        return run
+
+
+def capture_graph(
+    model: nn.Module,
+    inputs: InputSpec,
+    examples: Sequence[Any],
+    constants: dict[str, Any],
+) -> tuple[Graph, Shapes]:
+    """One graph of a model in the mode it is in.
+
+    Args:
+        model: it is not changed.
+        inputs: the structure of its inputs.
+        examples: the values of the placeholders.
+        constants: what the graph reads and the model does not hold under a name is added here.
+
+    Raises:
+        CaptureError: Dynamo cannot follow the forward, or it assigns to the model.
+    """
+    own = [value.detach().requires_grad_(value.requires_grad) for value in examples]
+    recording = Recording()
+    with unassigned(model):
+        try:
+            recording.returned = call(model, inputs, own, recording)
+        except Exception as error:
+            raise CaptureError(explained(error)) from error
+    if recording.module is None:
+        raise CaptureError("its forward runs no operation on its inputs")
+    return Assembly(model, inputs, own, recording, constants).graph()
+
+
+def call(model: nn.Module, inputs: InputSpec, values: list[Tensor], recording: Recording) -> Any:
+    """Let Dynamo see one call, through a function of its own: nobody's compiled code is touched."""
+    import torch._dynamo.config
+    import torch.fx.experimental._config
+
+    spaces: dict[str, Any] = {}
+    code = "def call(self, *args, **kwargs):\n    return self(*args, **kwargs)\n"
+    exec(compile(code, "<capture>", "exec"), spaces)
+    names = iter(values)
+    arguments = inputs.arguments(lambda name: next(names))
+    with (
+        settings(torch._dynamo.config).patch(specialize_float=True, suppress_errors=False),
+        settings(torch.fx.experimental._config).patch(use_duck_shape=False),
+    ):
+        compiled: Any = torch.compile(
+            spaces["call"], backend=recording.backend, fullgraph=True, dynamic=True
+        )
+        return compiled(model, *arguments.args, **arguments.kwargs)
+
+
+def settings(module: Any) -> Any:
+    """A module of settings, which gets its ``patch`` when it is imported."""
+    return module
+
+
+@contextmanager
+def unassigned(model: nn.Module) -> Iterator[None]:
+    """Take back what a forward assigns to its modules, and say that this route cannot keep it."""
+    before = [(m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for module, values, buffers, parameters in before:
+            pairs: Any = (
+                (vars(module), values), (module._buffers, buffers), (module._parameters, parameters)
+            )  # fmt: skip
+            for held, old in pairs:
+                different = [k for k in held if k not in old or held[k] is not old[k]]
+                tensors = [k for k in different if isinstance(held[k], Tensor)]
+                changed += [f"{type(module).__name__}.{name}" for name in tensors]
+                for name in different:
+                    if name in old:
+                        held[name] = old[name]
+                    else:
+                        del held[name]
+    if changed:
+        raise CaptureError(f"its forward assigns tensors to {', '.join(changed[:3])}")
+
+
+class Assembly:
+    """Turns a recording into a graph that reads the model's members by their names."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: InputSpec,
+        examples: list[Tensor],
+        recording: Recording,
+        constants: dict[str, Any],
+    ) -> None:
+        assert recording.module is not None
+        self.module, self.recording, self.constants = recording.module, recording, constants
+        self.names = inputs.names
+        self.slots = {id(value): name for value, name in zip(examples, self.names, strict=True)}
+        self.device = {str(value.device) for value in examples}
+        members = (*model.named_parameters(), *model.named_buffers())
+        self.members = {id(value): name for name, value in members}
+        self.new = Graph()
+        self.copies: dict[Node, Any] = {}
+        self.examples = examples
+
+    def graph(self) -> tuple[Graph, Shapes]:
+        """The graph, and what it assumes about sizes."""
+        placed = [self.new.placeholder(name) for name in self.names]
+        self.placed = dict(zip(self.names, placed, strict=True))
+        nodes = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        pairs = list(zip(nodes, self.recording.values, strict=True))
+        for node, value in pairs:
+            if isinstance(value, Tensor):
+                self.copies[node] = self.tensor(node, value)
+        fakes = {
+            self.slots[id(value)]: node.meta["example_value"]
+            for node, value in pairs
+            if id(value) in self.slots
+        }
+        for node, value in pairs:
+            if not isinstance(value, Tensor):
+                self.copies[node] = self.number(node, value, fakes)
+        for node in self.module.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                self.copies[node] = self.operation(node)
+        self.output()
+        self.new.lint()
+        return self.new, self.shapes(fakes)
+
+    def tensor(self, node: Node, value: Tensor) -> Node:
+        """An input, a member, or a constant."""
+        if id(value) in self.slots:
+            placed = self.placed[self.slots[id(value)]]
+            placed.meta = {"example_value": node.meta["example_value"]}
+            return placed
+        return self.held(self.members.get(id(value)) or self.constant(value), node)
+
+    def held(self, target: str, like: Node) -> Node:
+        """A node that reads what the model or the constants hold."""
+        new = self.new.create_node("get_attr", target)
+        new.meta = {k: v for k, v in like.meta.items() if k == "example_value"}
+        return new
+
+    def constant(self, value: Any) -> str:
+        """The name under which something that is no member is kept."""
+        for name, other in self.constants.items():
+            if other is value:
+                return name
+        name = f"_re2fx_constant{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def number(self, node: Node, value: Any, fakes: dict[str, Any]) -> Any:
+        """A size is read off the input that has it; another number is fixed."""
+        symbol = node.meta.get("example_value")
+        for name, fake in fakes.items():
+            for dim, size in enumerate(fake.shape):
+                if isinstance(size, torch.SymInt) and str(size) == str(symbol):
+                    new = self.new.call_method("size", (self.placed[name], dim))
+                    new.meta = {"example_value": symbol}
+                    return new
+        return value
+
+    def operation(self, node: Node) -> Node:
+        """A copy that asks the first input for its device where the examples' was written in."""
+        if node.op == "get_attr":
+            return self.held(self.constant(getattr(self.module, str(node.target))), node)
+        new = self.new.node_copy(node, self.copies.__getitem__)
+        new.args, new.kwargs = map_arg((node.args, node.kwargs), self.copies.__getitem__)
+        device = new.kwargs.get("device")
+        if device is not None and str(device) in self.device and self.placed:
+            with self.new.inserting_before(new):
+                first = next(iter(self.placed.values()))
+                place = self.new.call_function(getattr, (first, "device"))
+            new.kwargs = {**new.kwargs, "device": place}
+        locate(new)
+        return new
+
+    def output(self) -> None:
+        """What the model returns, built from the results."""
+        (given,) = (node for node in self.module.graph.nodes if node.op == "output")
+        results = [map_arg(value, self.copies.__getitem__) for value in given.args[0]]
+        tensors = list(self.recording.results)
+        spec = OutputSpec.of(self.recording.returned, tensors)
+        for stranger in spec.strangers():  # an input or a member that is returned as it is
+            results.append(self.stranger(stranger))
+            tensors.append(stranger)
+        spec = OutputSpec.of(self.recording.returned, tensors)
+        if spec.template == OutputSpec.of(tensors[0], tensors).template if tensors else False:
+            self.new.output(results[0])
+            return
+        template = self.new.create_node("get_attr", self.constant(spec))
+        self.new.output(self.new.call_function(build, (template, results)))
+
+    def stranger(self, value: Tensor) -> Node:
+        if id(value) in self.slots:
+            return self.placed[self.slots[id(value)]]
+        return self.new.create_node("get_attr", self.members.get(id(value)) or self.constant(value))
+
+    def shapes(self, fakes: dict[str, Any]) -> Shapes:
+        """Which sizes are fixed and which may vary."""
+        sizes: list[tuple[Size, ...]] = []
+        symbols: dict[str, torch.SymInt] = {}
+        for name, example in zip(self.names, self.examples, strict=True):
+            fake = fakes.get(name)
+            row: list[Size] = []
+            for dim in range(example.dim()):
+                size = fake.shape[dim] if fake is not None else f"{name}.{dim}"
+                if isinstance(size, torch.SymInt):
+                    symbols[str(size)] = size
+                row.append(size if isinstance(size, int) else str(size))
+            sizes.append(tuple(row))
+        dtypes = tuple(example.dtype for example in self.examples)
+        return Shapes(tuple(self.names), tuple(sizes), dtypes, tuple(guards(symbols)))
+
+
+def guards(symbols: dict[str, torch.SymInt]) -> Iterator[str]:
+    """What the forward asked of the sizes on its way, as expressions over their names."""
+    if not symbols:
+        return
+    environment = next(iter(symbols.values())).node.shape_env
+    for guard in environment.guards:
+        if {str(symbol) for symbol in guard.expr.free_symbols} <= symbols.keys():
+            yield str(guard.expr)
+
+
+def explained(error: Exception) -> str:
+    """The first sentence of Dynamo's message, and the user's line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = [line for line in lines if line.startswith("File ") and "torch/_dynamo" not in line]
+    sentence = lines[0] if lines else type(error).__name__
+    return f"{sentence} ({where[-1]})" if where else sentence
