@@ -17,7 +17,7 @@ from typing import Any
 import networkx as nx
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
 from . import ops
 from .plan import Location
@@ -269,8 +269,11 @@ def freeze(graph: Graph) -> Frozen:
 
     def rows() -> Iterator[tuple[str, str, Any, Any, Any, dict[str, Any]]]:
         for node in graph.nodes:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Reference(n.name))
-            yield node.op, node.name, node.target, args, kwargs, node.meta
+            given: Any = map_aggregate((node.args, node.kwargs), away)
+            yield node.op, node.name, node.target, *given, node.meta
+
+    def away(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, Node) else value
 
     return tuple(rows())
 
@@ -284,7 +287,7 @@ def thaw(frozen: Frozen) -> Graph:
         return nodes[value.name] if isinstance(value, _Reference) else value
 
     for op, name, target, args, kwargs, meta in frozen:
-        given = map_aggregate((args, kwargs), back)
+        given: Any = map_aggregate((args, kwargs), back)
         nodes[name] = graph.create_node(op, target, *given, name=name)
         nodes[name].meta = meta
     return graph
