@@ -41,5 +41,9 @@ class ReplayError(Re2fxError, RuntimeError):
     """Running a branch again did not do what its first run did."""
 
 
+class TargetError(Re2fxError, ValueError):
+    """A model or an input that was named on the command line cannot be made."""
+
+
 class Re2fxWarning(UserWarning):
     """Something the user should know, and can silence by this category."""
