@@ -2,7 +2,7 @@
 
 ``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
 the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, backend="re2fx")``
-compiles.
+compiles, ``report`` predicts what training keeps for the backward.
 """
 
 from .api import explain, transform
@@ -22,35 +22,42 @@ from .errors import (
     StreamError,
 )
 from .explanation import Explanation
+from .footprint import ChainBytes, Kept, PartBytes, Report
 from .module import RewiredModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
+from .report import report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
     "Chain",
+    "ChainBytes",
     "ChainCutError",
     "ConditioningError",
     "Coupling",
     "Emitted",
     "Explanation",
     "InputError",
+    "Kept",
     "Location",
     "ModeMismatchError",
     "NoResidualError",
     "OptionError",
+    "PartBytes",
     "Plan",
     "Re2fxError",
     "Re2fxWarning",
     "Refusal",
     "ReplayError",
+    "Report",
     "Residual",
     "RewiredModule",
     "StreamError",
     "emit",
     "explain",
     "record",
+    "report",
     "transform",
 ]

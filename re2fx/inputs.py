@@ -69,7 +69,7 @@ class InputSpec:
             fixed = not isinstance(leaf, torch.Tensor)
             return _Slot(_name(path), leaf if fixed else None, fixed, not fixed)
 
-        arguments = _bind(owner, signature, *_split(example_inputs))
+        arguments = _bind(owner, signature, *split(example_inputs))
         return cls(owner, signature, pytree.tree_map_with_path(slot, arguments))
 
     def arguments(self, placeholder: Callable[[str], Any]) -> inspect.BoundArguments:
@@ -117,7 +117,7 @@ def _plain(signature: inspect.Signature) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     if isinstance(example_inputs, dict):
