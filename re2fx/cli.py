@@ -247,7 +247,7 @@ def rewired(
         made.model,
         made.inputs,
         coupling=read_coupling(coupling),
-        readout=readout.value,  # type: ignore[arg-type]
+        readout=readout.value,
         activation=activation.value,
         leaves=tuple(leaf or ()),
         strict=True,

@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import re2fx.targets
 from re2fx.errors import TargetError
 from re2fx.targets import load, read_input, read_options
-
-from .zoo import timm  # noqa: F401
 
 
 def factory(depth: int = 2, name: str = "a") -> nn.Module:
@@ -101,7 +98,7 @@ def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(re2fx.targets.importlib, "import_module", missing)
+    monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(TargetError, match="timm is not installed: pip install timm"):
         load("timm:resnet18")
 
