@@ -1,8 +1,8 @@
 """Rewire pretrained residual networks and train them on reconstructed activations.
 
-``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
-the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, backend="re2fx")``
-compiles.
+``transform`` rewires a model, ``explain`` says what it would do and why, ``verify`` compares a step
+with a stored one, ``record`` gives access to the streams of a call, ``emit`` shows the graphs that
+``torch.compile(model, backend="re2fx")`` compiles.
 """
 
 from .api import Explanation, explain, transform
@@ -20,10 +20,13 @@ from .errors import (
     Re2fxWarning,
     ReplayError,
     StreamError,
+    VerificationError,
 )
+from .findings import Finding, Verification
 from .module import RewiredModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
+from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ __all__ = [
     "Coupling",
     "Emitted",
     "Explanation",
+    "Finding",
     "InputError",
     "Location",
     "ModeMismatchError",
@@ -48,8 +52,11 @@ __all__ = [
     "Residual",
     "RewiredModule",
     "StreamError",
+    "Verification",
+    "VerificationError",
     "emit",
     "explain",
     "record",
     "transform",
+    "verify",
 ]

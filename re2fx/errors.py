@@ -41,5 +41,9 @@ class ReplayError(Re2fxError, RuntimeError):
     """Running a branch again did not do what its first run did."""
 
 
+class VerificationError(Re2fxError):
+    """Reversible execution was compared with stored execution and did not do the same."""
+
+
 class Re2fxWarning(UserWarning):
     """Something the user should know, and can silence by this category."""
