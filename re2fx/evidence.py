@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from .trial import Repeat, Trial
 # A gradient may be zero but for rounding, as that of a bias in front of a norm is. Its error is
 # measured against this share of the largest gradient.
 SMALL = 1e-2
+
+
+Block = tuple[int, int]  # the numbers of a chain and of a block in it
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Evidence:
 
     @property
     def unrepeated(self) -> list[tuple[int, Repeat]]:
-        """Branches that gave something else when they were run again, by chain."""
+        """Branches that gave something else when they were run again, with their chains."""
         rounding = self.precision.rounding
         return [
             (trial.number, repeat)
@@ -152,9 +156,16 @@ class Evidence:
         worst = max(self.gradient_error(self.reversible), self.output_error(self.reversible))
         return worst > self.precision.tolerance
 
-    def place(self, chain: int, block: int) -> Location:
-        """Where a block is written."""
-        return self.locations[chain][block]
+    def where(self, blocks: Sequence[Block]) -> str:
+        """Chain and block numbers, module paths and source lines."""
+        return f"{_numbers(blocks)}: {self.source(blocks)}"
+
+    def source(self, blocks: Sequence[Block]) -> str:
+        """Module paths and source lines."""
+        places = [self.locations[chain][block] for chain, block in blocks]
+        modules = dict.fromkeys(place.module or "the model itself" for place in places)
+        lines = dict.fromkeys(str(short(place)) for place in places if place.file)
+        return f"{shorten(modules)} ({shorten(lines)})" if lines else shorten(modules)
 
 
 def gradient_errors(stored: Step, step: Step) -> tuple[GradientError, ...]:
@@ -180,7 +191,7 @@ def chain_errors(evidence: Evidence) -> tuple[ChainErrors, ...]:
             trial.number,
             plain(trial.dtype),
             tuple(
-                BlockError(where([evidence.place(trial.number, block)]), error)
+                BlockError(evidence.source([(trial.number, block)]), error)
                 for block, error in enumerate(trial.errors)
             ),
         )
@@ -188,11 +199,15 @@ def chain_errors(evidence: Evidence) -> tuple[ChainErrors, ...]:
     )
 
 
-def where(places: list[Location]) -> str:
-    """Modules, and their common line if they have one."""
-    modules = list(dict.fromkeys(place.module or "the model itself" for place in places))
-    lines = list(dict.fromkeys(str(short(place)) for place in places if place.file))
-    return f"{shorten(modules)} ({shorten(lines)})" if lines else shorten(modules)
+def _numbers(blocks: Sequence[Block]) -> str:
+    """``chain 0, blocks 2, 3``."""
+    chains = groupby(sorted(blocks), key=lambda block: block[0])
+    parts = []
+    for chain, members in chains:
+        numbers = [str(block) for _, block in members]
+        noun = "block" if len(numbers) == 1 else "blocks"
+        parts.append(f"chain {chain}, {noun} {shorten(numbers)}")
+    return "; ".join(parts)
 
 
 def plain(dtype: torch.dtype) -> str:

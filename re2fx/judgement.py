@@ -14,14 +14,17 @@ from itertools import groupby
 
 import torch
 
-from .evidence import Evidence, Step, gradient_errors, plain, where
+from .evidence import Evidence, Step, gradient_errors, plain
 from .findings import SEVERITIES, Finding, figure
+from .remedies import FP32_STREAMS, HALF, REMEDIES, kind, more_exact
 from .snapshot import changed
 from .text import count, shorten
 from .trial import Repeat, Trial
 
 # A gradient counts as accounted for if at most this share of its difference is left over.
 LEFT_OVER = 0.1
+# A state with this relative error has no digit left that would be right.
+LOST = 0.1
 
 
 def judge(evidence: Evidence) -> tuple[Finding, ...]:
@@ -42,15 +45,14 @@ def branches(evidence: Evidence) -> Iterator[Finding]:
     """Branches that do not repeat, those of one line and one cause together."""
 
     def key(item: tuple[int, Repeat]) -> tuple[str, str, bool]:
-        chain, repeat = item
-        own = evidence.place(chain, repeat.block).module
-        cause = repeat.cause.replace(f"{own}.", "") if own else repeat.cause
-        return str(evidence.place(chain, repeat.block)), cause, bool(repeat.failure)
+        place = evidence.locations[item[0]][item[1].block]
+        cause = item[1].cause.replace(f"{place.module}.", "") if place.module else item[1].cause
+        return str(place), cause, bool(item[1].failure)
 
     for (_, _, failed), group in groupby(sorted(evidence.unrepeated, key=key), key=key):
         members = list(group)
         first = members[0][1]
-        places = where([evidence.place(chain, repeat.block) for chain, repeat in members])
+        places = evidence.where([(chain, repeat.block) for chain, repeat in members])
         if failed:
             yield Finding("error", places, _without_place(first.failure), REMEDIES["changes"])
             continue
@@ -61,40 +63,16 @@ def branches(evidence: Evidence) -> Iterator[Finding]:
             places,
             f"Run again on the same input, the branch gives a result that differs by {worst:.1e} "
             f"relative to its norm{cause}.",
-            REMEDIES[_kind(first.cause)],
+            REMEDIES[kind(first.cause)],
         )
     yield from unsteady_kernels(evidence)
-
-
-REMEDIES = {
-    "draws": (
-        "Draw with torch's default generator of the CPU or of the stream's device, whose state is "
-        "put back for the rerun; or draw outside the chain and hand the numbers to the branch; or "
-        "use memory='store'."
-    ),
-    "moves": (
-        "Keep what changes in a registered buffer of a module that the branch itself calls, which "
-        "is put back for the rerun; or change it outside the chain; or use memory='store'."
-    ),
-    "changes": (
-        "Look for what the branch reads besides its inputs: a global, a file, the time, a "
-        "generator of its own. Compute it outside the chain and hand it to the branch, or use "
-        "memory='store'."
-    ),
-}
-
-
-def _kind(cause: str) -> str:
-    if not cause:
-        return "changes"
-    return "draws" if cause.startswith("it draws") else "moves"
 
 
 def unsteady_kernels(evidence: Evidence) -> Iterator[Finding]:
     """Branches that repeat but for rounding."""
     rounding = evidence.precision.rounding
     found = [
-        (evidence.place(trial.number, repeat.block), repeat.error)
+        ((trial.number, repeat.block), repeat.error)
         for trial in evidence.trials
         for repeat in reversed(trial.repeats)
         if 0 < repeat.error <= rounding and not repeat.failure
@@ -102,7 +80,7 @@ def unsteady_kernels(evidence: Evidence) -> Iterator[Finding]:
     if found:
         yield Finding(
             "note",
-            where([place for place, _ in found]),
+            evidence.where([block for block, _ in found]),
             "Run again on the same input, the branch gives the same but for rounding "
             f"({max(error for _, error in found):.1e}): a kernel in it adds in no fixed order.",
             "Nothing need be done; torch.use_deterministic_algorithms(True) makes it repeat.",
@@ -112,20 +90,17 @@ def unsteady_kernels(evidence: Evidence) -> Iterator[Finding]:
 def failure(evidence: Evidence) -> Iterator[Finding]:
     """What reversible execution raised where stored execution did not."""
     error = evidence.reversible.error
-    if error is None:
+    if error is None or str(error) in {repeat.failure for _, repeat in evidence.unrepeated}:
         return
-    place = next(
-        (
-            where([location])
-            for chain in evidence.locations
-            for location in chain
-            if str(error).startswith(f"{location.module or 'the model'} ({location})")
-        ),
-        "the reversible step",
-    )
+    blocks = [
+        (chain, block)
+        for chain, locations in enumerate(evidence.locations)
+        for block, place in enumerate(locations)
+        if str(error).startswith(f"{place.module or 'the model'} ({place}): ")
+    ]
     yield Finding(
         "error",
-        place,
+        evidence.source(blocks) if blocks else "the reversible step",
         f"It raised {type(error).__name__}: {_without_place(str(error))}",
         "Mend the branch as the message says; until then use memory='store'.",
     )
@@ -142,22 +117,23 @@ def gradients(evidence: Evidence) -> Iterator[Finding]:
             "One of stored and reversible execution has a gradient, and the other has none.",
             "Use memory='store', and please report the model: this should not happen.",
         )
-    over = [g for g in errors if g.error > evidence.precision.tolerance and g.name not in absent]
+    infinite = [name for name, g in evidence.stored.gradients.items() if not _finite(g)]
+    if infinite:
+        yield Finding(
+            "warning",
+            f"gradients of {shorten(infinite)}",
+            "They are not finite in stored execution, so they cannot be compared.",
+            "Verify with inputs, and a loss, whose gradients are finite.",
+        )
+    tolerance, left_out = evidence.precision.tolerance, {*absent, *infinite}
+    over = [g for g in errors if g.error > tolerance and g.name not in left_out]
     if not over:
         return
     places = f"gradients of {shorten(g.name for g in over)}"
     sentence = f"The relative error is up to {over[0].error:.1e}"
-    if any(not _finite(evidence.stored.gradients[g.name]) for g in over):
-        yield Finding(
-            "warning",
-            places,
-            "They are not finite in stored execution, so they cannot be compared.",
-            "Verify with inputs, and a loss, whose gradients are finite.",
-        )
-    elif evidence.unrepeated:
-        yield Finding(
-            "error", places, f"{sentence}.", "It follows from the branches that do not repeat."
-        )
+    if evidence.unrepeated:
+        remedy = "It follows from the branches that do not repeat."
+        yield Finding("error", places, f"{sentence}.", remedy)
     else:
         yield explained(evidence, places, sentence, over[0].error)
 
@@ -199,7 +175,10 @@ def explained(evidence: Evidence, places: str, sentence: str, worst: float) -> F
             "the difference goes away.",
         )
     return Finding(
-        "warning", places, account, "Make the reconstruction more exact; see the chain's finding."
+        "error" if error > LOST else "warning",
+        places,
+        account,
+        "Make the reconstruction more exact: see the finding about the chain.",
     )
 
 
@@ -262,7 +241,6 @@ def reconstruction(evidence: Evidence) -> Iterator[Finding]:
     tolerance = evidence.precision.tolerance
     unsteady = {chain for chain, _ in evidence.unrepeated}
     for trial in evidence.trials:
-        places = [evidence.place(trial.number, i) for i in range(len(trial.errors))]
         if trial.failure and trial.number not in unsteady and evidence.reversible.error is None:
             yield Finding(
                 "error", _of_chain(trial), _without_place(trial.failure), REMEDIES["changes"]
@@ -272,54 +250,40 @@ def reconstruction(evidence: Evidence) -> Iterator[Finding]:
             continue
         block = trial.errors.index(worst)
         yield Finding(
-            "warning",
+            "error" if worst > LOST else "warning",
             _of_chain(trial),
-            f"The input of {where([places[block]])} is reconstructed with a relative error of "
-            f"{worst:.1e}, {count(len(places) - 1 - block, 'block')} from the end.",
-            _more_exact(evidence, trial),
+            f"The input of block {block}, {evidence.source([(trial.number, block)])}, is "
+            f"reconstructed with a relative error of {worst:.1e}, "
+            f"{count(len(trial.errors) - 1 - block, 'block')} from the end.",
+            more_exact(evidence, trial),
         )
-
-
-def _more_exact(evidence: Evidence, trial: Trial) -> str:
-    """How to lose fewer digits, by what loses them."""
-    if trial.dtype in (torch.float16, torch.bfloat16):
-        return (
-            f"The streams are {plain(trial.dtype)}: every addition rounds them. Carry them in "
-            "fp32, as re2fx.transform does unless its graph was edited, or use memory='store'."
-        )
-    growth = max(coupling.growth for coupling in trial.couplings)
-    if growth > 1 + 1e-6:
-        return (
-            f"Rounding grows up to {growth:.3g}-fold per block with coupling "
-            f"{trial.couplings[0]}: use a coupling with |b| nearer to 1, shorter chains "
-            "(leaves=[...]), or memory='store'."
-        )
-    if evidence.precision.half:
-        return (
-            "Branches in half precision magnify the rounding of their inputs: train in fp32 or "
-            "under another autocast dtype, shorten the chain (leaves=[...]), or use memory='store'."
-        )
-    return (
-        "The branches magnify rounding: small entries next to large ones, or a norm of a value "
-        "near zero. Shorten the chain (leaves=[...]), compute in fp64, or use memory='store'."
-    )
 
 
 def half_precision(evidence: Evidence) -> Iterator[Finding]:
     """What half precision means for the streams and the branches."""
-    half = [t for t in evidence.trials if t.branch_dtypes & {torch.float16, torch.bfloat16}]
-    for trial in half:
-        names = shorten(sorted(map(plain, trial.branch_dtypes)))
+    for trial in evidence.trials:
         worst = max((e for e in trial.errors if e is not None), default=0.0)
-        yield Finding(
-            "note",
-            _of_chain(trial),
-            f"The streams are carried in {plain(trial.dtype)} and the branches compute in "
-            f"{names}. Where a reconstructed entry rounds to the neighbouring number, its branch "
-            f"moves by a last digit; over {count(len(trial.errors), 'block')} the relative error "
-            f"of the states is {figure(worst)}.",
-            "Nothing need be done while that stays below the tolerance; it grows with depth.",
-        )
+        blocks = count(len(trial.errors), "block")
+        if trial.dtype in HALF:
+            yield Finding(
+                "warning",
+                _of_chain(trial),
+                f"The streams are carried in {plain(trial.dtype)}, so every addition rounds them, "
+                "and more so with every block while the loss may still fall. Over "
+                f"{blocks} the relative error of the states is {figure(worst)}.",
+                FP32_STREAMS,
+            )
+        elif trial.branch_dtypes & HALF:
+            names = shorten(sorted(map(plain, trial.branch_dtypes)))
+            yield Finding(
+                "note",
+                _of_chain(trial),
+                f"The streams are carried in {plain(trial.dtype)} and the branches compute in "
+                f"{names}. Where a reconstructed entry rounds to the neighbouring number, its "
+                f"branch moves by a last digit; over {blocks} the relative error of the states is "
+                f"{figure(worst)}.",
+                "Nothing need be done while that stays below the tolerance; it grows with depth.",
+            )
 
 
 def _of_chain(trial: Trial) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
@@ -71,7 +72,7 @@ def _row(chain: ChainErrors) -> tuple[str, ...]:
     return str(chain.number), str(len(chain.blocks)), chain.dtype, worst, place
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     def cells(kind: str, row: tuple[str, ...]) -> str:
         return "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row)
 
@@ -87,6 +88,7 @@ def draw(verification: Verification, path: Any = None) -> Figure:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise OptionError("matplotlib is not installed: pip install 're2fx[bench]'") from error
 
@@ -112,7 +114,7 @@ def draw(verification: Verification, path: Any = None) -> Figure:
     axes.set_xlabel("blocks from the end of the chain")
     axes.set_ylabel("relative error of the\nreconstructed state")
     axes.set_title(f"{verification.name}: {verification.conditions}", fontsize="medium")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=least / 1.5, top=max([*levels, verification.tolerance]) * 6)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)

@@ -242,8 +242,8 @@ def weighted(output: Any) -> torch.Tensor:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         if real.is_floating_point() and real.requires_grad:
             wide = real.to(torch.promote_types(real.dtype, torch.float32))
-            weights = torch.randn(real.shape, generator=generator, dtype=torch.float64)
-            terms.append((wide * weights.to(wide)).sum())
+            weights = torch.randn(real.shape, generator=generator, dtype=wide.dtype)
+            terms.append((wide * weights.to(wide.device)).sum())
     if not terms:
         raise OptionError(
             "no tensor in the model's output requires a gradient; pass loss= from the model's "
