@@ -216,6 +216,7 @@ def afterwards(evidence: Evidence) -> Iterator[Finding]:
     stored, reversible = evidence.stored, evidence.reversible
     if reversible.error is not None:
         return
+    follows = "It follows from the branches that do not repeat." if evidence.unrepeated else ""
     moved = changed(stored.state, reversible.state)
     if moved:
         yield Finding(
@@ -223,7 +224,7 @@ def afterwards(evidence: Evidence) -> Iterator[Finding]:
             shorten(moved),
             "After the step the value is another than after a stored step: rerunning a branch "
             "changes it once more.",
-            REMEDIES["moves"],
+            follows or REMEDIES["moves"],
         )
     drawn = changed(stored.random, reversible.random)
     if drawn:
@@ -232,7 +233,7 @@ def afterwards(evidence: Evidence) -> Iterator[Finding]:
             shorten(drawn),
             "After the step it is in another state than after a stored step: rerunning a branch "
             "draws from it once more.",
-            REMEDIES["draws"],
+            follows or REMEDIES["draws"],
         )
 
 
@@ -260,28 +261,32 @@ def reconstruction(evidence: Evidence) -> Iterator[Finding]:
 
 
 def half_precision(evidence: Evidence) -> Iterator[Finding]:
-    """What half precision means for the streams and the branches."""
-    for trial in evidence.trials:
-        worst = max((e for e in trial.errors if e is not None), default=0.0)
-        blocks = count(len(trial.errors), "block")
-        if trial.dtype in HALF:
+    """What half precision means for the streams and the branches, like chains together."""
+
+    def kinds(trial: Trial) -> tuple[str, list[str]]:
+        return plain(trial.dtype), sorted(map(plain, trial.branch_dtypes))
+
+    found = [t for t in evidence.trials if {t.dtype, *t.branch_dtypes} & HALF]
+    for (stream, branch), group in groupby(sorted(found, key=kinds), key=kinds):
+        members = sorted(group, key=lambda trial: trial.number)
+        chains = f"chain {shorten(str(trial.number) for trial in members)}"
+        worst = max((e for t in members for e in t.errors if e is not None), default=0.0)
+        measured = f"The largest relative error of a state is {figure(worst)}."
+        if members[0].dtype in HALF:
             yield Finding(
                 "warning",
-                _of_chain(trial),
-                f"The streams are carried in {plain(trial.dtype)}, so every addition rounds them, "
-                "and more so with every block while the loss may still fall. Over "
-                f"{blocks} the relative error of the states is {figure(worst)}.",
+                chains,
+                f"The streams are carried in {stream}, so every addition rounds them, and with "
+                f"depth that adds up while the loss may still fall. {measured}",
                 FP32_STREAMS,
             )
-        elif trial.branch_dtypes & HALF:
-            names = shorten(sorted(map(plain, trial.branch_dtypes)))
+        else:
             yield Finding(
                 "note",
-                _of_chain(trial),
-                f"The streams are carried in {plain(trial.dtype)} and the branches compute in "
-                f"{names}. Where a reconstructed entry rounds to the neighbouring number, its "
-                f"branch moves by a last digit; over {blocks} the relative error of the states is "
-                f"{figure(worst)}.",
+                chains,
+                f"The streams are carried in {stream} and the branches compute in "
+                f"{shorten(branch)}. Where a reconstructed entry rounds to the neighbouring "
+                f"number, its branch moves by a last digit. {measured}",
                 "Nothing need be done while that stays below the tolerance; it grows with depth.",
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,8 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def draw(verification: Verification, path: Any = None) -> Figure:
     """Reconstruction error against depth, one line per chain, on a logarithmic scale.
 
-    A block whose input came back to the bit has no place on that scale and stands on the lower
-    edge, hollow.
+    A block whose input came back to the bit has no place on that scale and stands hollow on the
+    lower edge.
     """
     try:
         from matplotlib.figure import Figure
@@ -92,54 +93,68 @@ def draw(verification: Verification, path: Any = None) -> Figure:
     except ImportError as error:
         raise OptionError("matplotlib is not installed: pip install 're2fx[bench]'") from error
 
-    picture = Figure(figsize=(7, 4), layout="constrained")
+    picture = Figure(figsize=(8, 4), layout="constrained")
     axes = picture.add_subplot()
-    axes.set_yscale("log")
-    levels = [
-        e for chain in verification.chains for b in chain.blocks if (e := b.error) and e < 1e300
-    ]
-    least = min([*levels, verification.tolerance]) / 4
+    errors = [b.error for chain in verification.chains for b in chain.blocks]
+    levels = [e for e in errors if e and math.isfinite(e)] + [verification.tolerance]
+    axes.set(yscale="log", ylim=(min(levels) / 4, max(levels) * 6))
     for index, chain in enumerate(verification.chains):
-        _line(axes, index, chain, least)
-    axes.axhline(verification.tolerance, color="0.35", linestyle="--", linewidth=1)
+        _line(axes, index, chain, verification)
+    _tolerance(axes, verification.tolerance)
+    axes.set_xlabel("blocks from the end of the chain (hollow: equal to the bit)")
+    axes.set_ylabel("relative error of the\nreconstructed state")
+    axes.set_title(f"{verification.name}: {verification.conditions}", fontsize="medium")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    if verification.chains:
+        picture.legend(frameon=False, fontsize="small", loc="outside right upper")
+    if path is not None:
+        picture.savefig(path, dpi=150)
+    return picture
+
+
+def _line(axes: Any, index: int, chain: ChainErrors, verification: Verification) -> None:
+    """One chain, read from its end as the backward walks it."""
+    errors = [block.error for block in reversed(chain.blocks)]
+    inexact = [(depth, error) for depth, error in enumerate(errors) if error]
+    exact = [depth for depth, error in enumerate(errors) if error == 0]
+    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    # Earlier chains are larger, so that they show behind later ones with the same errors.
+    size = min(2 + 75 / max(len(errors), 30), 4.5) + min(
+        1.6 * (len(verification.chains) - 1 - index), 8
+    )
+    first, last = (chain.blocks[end].where.split(" (")[0] for end in (0, -1))
+    axes.plot(
+        [depth for depth, _ in inexact],
+        [error for _, error in inexact],
+        color=colour,
+        marker=marker,
+        markersize=size,
+        linewidth=1.2,
+        label=f"chain {chain.number}, {first if first == last else f'{first} .. {last}'}",
+    )
+    axes.plot(
+        exact,
+        [axes.get_ylim()[0]] * len(exact),
+        marker,
+        color=colour,
+        markersize=size,
+        markerfacecolor="white",
+        clip_on=False,
+        zorder=3,
+    )
+
+
+def _tolerance(axes: Any, tolerance: float) -> None:
+    """A dashed line with its value."""
+    axes.axhline(tolerance, color="0.35", linestyle="--", linewidth=1)
     axes.annotate(
-        f"tolerance {verification.tolerance:.0e}",
-        (1, verification.tolerance),
+        f"tolerance {tolerance:g}",
+        (1, tolerance),
         xycoords=("axes fraction", "data"),
         xytext=(-4, 3),
         textcoords="offset points",
         ha="right",
         color="0.35",
     )
-    axes.set_xlabel("blocks from the end of the chain")
-    axes.set_ylabel("relative error of the\nreconstructed state")
-    axes.set_title(f"{verification.name}: {verification.conditions}", fontsize="medium")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=least / 1.5, top=max([*levels, verification.tolerance]) * 6)
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    if verification.chains:
-        axes.legend(frameon=False, fontsize="small", loc="best")
-    if path is not None:
-        picture.savefig(path, dpi=150)
-    return picture
-
-
-def _line(axes: Any, index: int, chain: ChainErrors, least: float) -> None:
-    """One chain, read from its end as the backward walks it."""
-    errors = [block.error for block in reversed(chain.blocks)]
-    points = [(depth, error) for depth, error in enumerate(errors) if error is not None]
-    colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    size = 4 if len(points) < 60 else 2
-    label = f"chain {chain.number}, {chain.blocks[0].where.split(' (')[0]}"
-    axes.plot(
-        [depth for depth, _ in points],
-        [max(error, least) for _, error in points],
-        color=colour,
-        marker=marker,
-        markersize=size,
-        linewidth=1.2,
-        label=label,
-    )
-    exact = [depth for depth, error in points if error == 0]
-    axes.plot(exact, [least] * len(exact), marker, color=colour, markersize=size, mfc="white")

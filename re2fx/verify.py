@@ -166,7 +166,7 @@ class Subject:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a rerun may raise whatever a branch can raise
-            return Step([], error=error)
+            return Step([], error=error.with_traceback(None))  # whose frames hold activations
 
     def pinned(self) -> Step:
         """Stored execution with each branch differentiated at its reconstructed input."""
