@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from .distance import norm, relative
 from .findings import BlockError, ChainErrors, GradientError
 from .plan import Location
 from .replay import Autocast
+from .snapshot import changed
 from .text import short, shorten
 from .trial import Repeat, Trial
 
@@ -98,6 +101,37 @@ class Step:
     error: Exception | None = None
 
 
+@dataclass(frozen=True)
+class Unsteady:
+    """What stored execution itself does not repeat.
+
+    Attributes:
+        gradients: the error of each from one run to the next, where it is above the tolerance.
+        outputs: the largest error of an output.
+        state: names of what the modules hold.
+        random: names of generators.
+    """
+
+    gradients: dict[str, float]
+    outputs: float
+    state: frozenset[str]
+    random: frozenset[str]
+
+    @classmethod
+    def of(cls, first: Step, second: Step, precision: Precision) -> Unsteady:
+        """Compare two runs of stored execution."""
+        norms = [norm(g) for g in first.gradients.values() if finite(g) and g is not None]
+        # Garbage may be large, so what counts as small is told by the middle one.
+        floor = SMALL * median(norms) if norms else 0.0
+        errors = gradient_errors(first, second, first.gradients, floor)
+        return cls(
+            {g.name: g.error for g in errors if g.error > precision.tolerance},
+            output_error(first, second),
+            frozenset(moved(first.state, second.state, precision.rounding)),
+            frozenset(changed(first.random, second.random)),
+        )
+
+
 @dataclass
 class Evidence:
     """Everything that was measured.
@@ -108,7 +142,7 @@ class Evidence:
         stored: the step with stored execution.
         reversible: the same step with reversible execution.
         trials: what the chains showed of themselves, in the order they ended.
-        again: stored execution once more.
+        unsteady: what stored execution does not repeat when it is run twice.
         pinned: stored execution differentiated at the reconstructed states.
     """
 
@@ -117,19 +151,26 @@ class Evidence:
     stored: Step
     reversible: Step
     trials: tuple[Trial, ...]
-    again: Step | None = None
+    unsteady: Unsteady
     pinned: Step | None = None
 
-    def gradient_error(self, step: Step) -> float:
-        """The largest relative error of a gradient."""
-        return max((g.error for g in gradient_errors(self.stored, step)), default=0.0)
+    def gradient_errors(self, of: Step, against: Step | None = None) -> tuple[GradientError, ...]:
+        """The errors of all gradients that can be compared, the worst first."""
+        stored = self.stored.gradients
+        blamed = {} if self.unrepeated else self.unsteady.gradients
+        names = [n for n in stored if n not in blamed and n not in self.infinite]
+        norms = [norm(g) for name in names if (g := stored[name]) is not None]
+        return gradient_errors(against or self.stored, of, names, SMALL * max(norms, default=0.0))
 
-    def output_error(self, step: Step) -> float:
+    @cached_property
+    def infinite(self) -> list[str]:
+        """Gradients that are not finite in stored execution."""
+        return [name for name, g in self.stored.gradients.items() if not finite(g)]
+
+    @property
+    def output_error(self) -> float:
         """The largest relative error of an output."""
-        if step.error is not None:
-            return math.nan
-        pairs = zip(step.outputs, self.stored.outputs, strict=True)
-        return max((relative(got, true) for got, true in pairs), default=0.0)
+        return output_error(self.stored, self.reversible)
 
     @property
     def unrepeated(self) -> list[tuple[int, Repeat]]:
@@ -151,10 +192,8 @@ class Evidence:
     @property
     def unexplained(self) -> bool:
         """Whether there is a difference that no branch accounts for yet."""
-        if self.reversible.error is not None or self.unrepeated:
-            return False
-        worst = max(self.gradient_error(self.reversible), self.output_error(self.reversible))
-        return worst > self.precision.tolerance
+        errors = self.gradient_errors(self.reversible)
+        return not self.unrepeated and any(g.error > self.precision.tolerance for g in errors)
 
     def where(self, blocks: Sequence[Block]) -> str:
         """Chain and block numbers, module paths and source lines."""
@@ -168,20 +207,44 @@ class Evidence:
         return f"{shorten(modules)} ({shorten(lines)})" if lines else shorten(modules)
 
 
-def gradient_errors(stored: Step, step: Step) -> tuple[GradientError, ...]:
-    """Every gradient's error, the worst first; none if the step failed."""
+def gradient_errors(
+    stored: Step, step: Step, names: Iterable[str], floor: float
+) -> tuple[GradientError, ...]:
+    """The errors of some gradients, the worst first; none if the step failed."""
     if step.error is not None:
         return ()
-    norms = {name: norm(g) for name, g in stored.gradients.items() if g is not None}
-    floor = SMALL * max((n for n in norms.values() if math.isfinite(n)), default=0.0)
     errors = []
-    for name, true in stored.gradients.items():
-        got = step.gradients[name]
+    for name in names:
+        true, got = stored.gradients[name], step.gradients[name]
         if true is not None and got is not None:
-            errors.append(GradientError(name, relative(got, true, floor), norms[name]))
+            errors.append(GradientError(name, relative(got, true, floor), norm(true)))
         elif true is not None or got is not None:
-            errors.append(GradientError(name, math.inf, norms.get(name, 0.0)))
+            errors.append(GradientError(name, math.inf, 0.0 if true is None else norm(true)))
     return tuple(sorted(errors, key=lambda g: -g.error))
+
+
+def output_error(stored: Step, step: Step) -> float:
+    """The largest relative error of an output; none if the step failed."""
+    if step.error is not None or len(step.outputs) != len(stored.outputs):
+        return math.inf
+    pairs = zip(step.outputs, stored.outputs, strict=True)
+    return max((relative(got, true) for got, true in pairs), default=0.0)
+
+
+def moved(before: dict[str, Any], after: dict[str, Any], rounding: float) -> list[str]:
+    """The names of what differs by more than rounding."""
+    return [
+        name
+        for name in changed(before, after)
+        if not isinstance(a := before.get(name), torch.Tensor)
+        or not isinstance(b := after.get(name), torch.Tensor)
+        or relative(b, a) > rounding
+    ]
+
+
+def finite(tensor: torch.Tensor | None) -> bool:
+    """Whether every entry is a number."""
+    return tensor is None or bool(tensor.isfinite().all())
 
 
 def chain_errors(evidence: Evidence) -> tuple[ChainErrors, ...]:

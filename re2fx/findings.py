@@ -101,9 +101,9 @@ class Verification:
         conditions: mode, device and dtypes it holds for, in words.
         tolerance: the relative error allowed in outputs, gradients and reconstructed states.
         findings: errors first, then warnings, then notes.
-        output_error: relative error of the outputs.
-        gradients: of every parameter and differentiable input that has one, worst first; empty if
-            the backward failed.
+        output_error: relative error of the outputs, infinite if there are none.
+        gradients: of every parameter and differentiable input that has one, worst first; without
+            those that cannot be compared (a finding names them), and empty if the backward failed.
         chains: reconstruction errors, chain by chain.
     """
 

@@ -12,11 +12,9 @@ import math
 from collections.abc import Iterator
 from itertools import groupby
 
-import torch
-
-from .evidence import Evidence, Step, gradient_errors, plain
+from .evidence import Evidence, moved, plain
 from .findings import SEVERITIES, Finding, figure
-from .remedies import FP32_STREAMS, HALF, REMEDIES, kind, more_exact
+from .remedies import FOLLOWS, FP32_STREAMS, HALF, REMEDIES, kind, more_exact
 from .snapshot import changed
 from .text import count, shorten
 from .trial import Repeat, Trial
@@ -33,6 +31,7 @@ def judge(evidence: Evidence) -> tuple[Finding, ...]:
         *branches(evidence),
         *failure(evidence),
         *gradients(evidence),
+        *unsteady(evidence),
         *outputs(evidence),
         *afterwards(evidence),
         *reconstruction(evidence),
@@ -108,52 +107,61 @@ def failure(evidence: Evidence) -> Iterator[Finding]:
 
 def gradients(evidence: Evidence) -> Iterator[Finding]:
     """Gradients that are missing or differ by more than the tolerance."""
-    errors = gradient_errors(evidence.stored, evidence.reversible)
+    errors = evidence.gradient_errors(evidence.reversible)
     absent = [g.name for g in errors if math.isinf(g.error) and _one_sided(evidence, g.name)]
     if absent:
         yield Finding(
             "error",
-            shorten(absent),
+            f"gradients of {shorten(absent)}",
             "One of stored and reversible execution has a gradient, and the other has none.",
             "Use memory='store', and please report the model: this should not happen.",
         )
-    infinite = [name for name, g in evidence.stored.gradients.items() if not _finite(g)]
-    if infinite:
+    if evidence.infinite:
         yield Finding(
             "warning",
-            f"gradients of {shorten(infinite)}",
+            f"gradients of {shorten(evidence.infinite)}",
             "They are not finite in stored execution, so they cannot be compared.",
             "Verify with inputs, and a loss, whose gradients are finite.",
         )
-    tolerance, left_out = evidence.precision.tolerance, {*absent, *infinite}
-    over = [g for g in errors if g.error > tolerance and g.name not in left_out]
+    over = [g for g in errors if g.error > evidence.precision.tolerance and g.name not in absent]
     if not over:
         return
     places = f"gradients of {shorten(g.name for g in over)}"
     sentence = f"The relative error is up to {over[0].error:.1e}"
     if evidence.unrepeated:
-        remedy = "It follows from the branches that do not repeat."
-        yield Finding("error", places, f"{sentence}.", remedy)
+        yield Finding("error", places, f"{sentence}.", FOLLOWS)
     else:
         yield explained(evidence, places, sentence, over[0].error)
 
 
+def unsteady(evidence: Evidence) -> Iterator[Finding]:
+    """What stored execution does not repeat, if no branch accounts for it."""
+    found, allowed = evidence.unsteady, evidence.precision.tolerance
+    if evidence.unrepeated:
+        return
+    names = [name for name in found.gradients if name not in evidence.infinite]
+    places = [f"gradients of {shorten(names)}"] * bool(names)
+    places += ["outputs"] * (found.outputs > allowed)
+    errors = [found.gradients[name] for name in names] + [found.outputs]
+    places += [shorten(sorted(found.state | found.random))] * bool(found.state | found.random)
+    if places:
+        largest = f" (by {max(errors):.1e} relative)" if max(errors) > 0 else ""
+        yield Finding(
+            "warning",
+            "; ".join(places),
+            f"Two runs of stored execution differ here{largest}, so reversible execution cannot be "
+            "compared with it: what lies outside the branches changes between calls, or a kernel "
+            "does not compute the same twice.",
+            "Make it deterministic for the verification: model.eval(), generators of torch's own, "
+            "torch.use_deterministic_algorithms(True), or another dtype.",
+        )
+
+
 def explained(evidence: Evidence, places: str, sentence: str, worst: float) -> Finding:
     """What a difference comes from that no branch accounts for."""
-    if evidence.again is not None and evidence.gradient_error(evidence.again) > worst * LEFT_OVER:
-        return Finding(
-            "warning",
-            places,
-            f"{sentence}, but stored execution does not repeat its gradients either (they differ "
-            f"by {evidence.gradient_error(evidence.again):.1e}): something outside the chains "
-            "changes between calls.",
-            "Make it deterministic for the verification, as by model.eval().",
-        )
     error = max((e for t in evidence.trials for e in t.errors if e is not None), default=0.0)
-    pinned = evidence.pinned
-    if pinned is None or _left_over(evidence, pinned) > max(
-        worst * LEFT_OVER, evidence.precision.tolerance
-    ):
+    allowed = max(worst * LEFT_OVER, evidence.precision.tolerance)
+    if not math.isfinite(worst) or _left_over(evidence) > allowed:
         return Finding(
             "error",
             places,
@@ -182,33 +190,27 @@ def explained(evidence: Evidence, places: str, sentence: str, worst: float) -> F
     )
 
 
-def _left_over(evidence: Evidence, pinned: Step) -> float:
+def _left_over(evidence: Evidence) -> float:
     """The error of reversible gradients against those at the reconstructed states."""
-    if pinned.error is not None:
+    pinned = evidence.pinned
+    if pinned is None or pinned.error is not None:
         return math.inf
-    return max((g.error for g in gradient_errors(pinned, evidence.reversible)), default=0.0)
+    errors = evidence.gradient_errors(evidence.reversible, pinned)
+    return max((g.error for g in errors), default=0.0)
 
 
 def outputs(evidence: Evidence) -> Iterator[Finding]:
     """Outputs that differ."""
-    error = evidence.output_error(evidence.reversible)
-    if not error > evidence.precision.tolerance:
+    error, allowed = evidence.output_error, evidence.precision.tolerance
+    if evidence.reversible.error is not None or error <= allowed:
         return
-    unsteady = evidence.again is not None and evidence.output_error(evidence.again) > 0
-    if evidence.unrepeated:
-        severity, remedy = "error", "It follows from the branches that do not repeat."
-    elif unsteady:
-        severity, remedy = (
-            "warning",
-            (
-                "Stored execution does not repeat its outputs either; make what lies outside the "
-                "chains deterministic for the verification, as by model.eval()."
-            ),
+    if evidence.unrepeated or evidence.unsteady.outputs <= allowed:
+        yield Finding(
+            "error",
+            "outputs",
+            f"Stored and reversible execution differ by {error:.1e}, relative to the norm.",
+            FOLLOWS if evidence.unrepeated else "Use memory='store', and please report the model.",
         )
-    else:
-        severity, remedy = "error", "Use memory='store', and please report the model."
-    sentence = f"Stored and reversible execution differ by {error:.1e}, relative to the norm."
-    yield Finding("error" if severity == "error" else "warning", "outputs", sentence, remedy)
 
 
 def afterwards(evidence: Evidence) -> Iterator[Finding]:
@@ -216,25 +218,21 @@ def afterwards(evidence: Evidence) -> Iterator[Finding]:
     stored, reversible = evidence.stored, evidence.reversible
     if reversible.error is not None:
         return
-    follows = "It follows from the branches that do not repeat." if evidence.unrepeated else ""
-    moved = changed(stored.state, reversible.state)
-    if moved:
-        yield Finding(
-            "error",
-            shorten(moved),
-            "After the step the value is another than after a stored step: rerunning a branch "
-            "changes it once more.",
-            follows or REMEDIES["moves"],
-        )
+    again = evidence.unsteady
+    state = moved(stored.state, reversible.state, evidence.precision.rounding)
     drawn = changed(stored.random, reversible.random)
-    if drawn:
-        yield Finding(
-            "error",
-            shorten(drawn),
-            "After the step it is in another state than after a stored step: rerunning a branch "
-            "draws from it once more.",
-            follows or REMEDIES["draws"],
-        )
+    for names, does, remedy in (
+        ([n for n in state if n not in again.state], "changes it", REMEDIES["moves"]),
+        ([n for n in drawn if n not in again.random], "draws from it", REMEDIES["draws"]),
+    ):
+        if names:
+            yield Finding(
+                "error",
+                shorten(names),
+                f"A reversible step leaves it otherwise than a stored step: rerunning a branch "
+                f"{does} once more.",
+                FOLLOWS if evidence.unrepeated else remedy,
+            )
 
 
 def reconstruction(evidence: Evidence) -> Iterator[Finding]:
@@ -300,10 +298,6 @@ def _one_sided(evidence: Evidence, name: str) -> bool:
     return (evidence.stored.gradients[name] is None) != (
         evidence.reversible.gradients[name] is None
     )
-
-
-def _finite(tensor: torch.Tensor | None) -> bool:
-    return tensor is None or bool(tensor.isfinite().all())
 
 
 def _without_place(message: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from .evidence import Evidence
 from .trial import Trial
 
+FOLLOWS = "It follows from the branches that do not repeat."
 REMEDIES = {
     "draws": (
         "Draw with torch's default generator of the CPU or of the stream's device, whose state is "

@@ -1,16 +1,15 @@
 """Reversible against stored execution, on the user's own model, data, dtype and device.
 
-    stored        one step with memory="store"
+    stored        one step with memory="store", twice: does it repeat itself?
     reversible    the same step as it will be trained
     watched       a forward that runs every branch again and compares each reconstructed state
     judged        what differs, where it comes from, what to do about it
 
-Only if a difference is left over does more run: stored execution once more (does it repeat
-itself?), and stored execution differentiated at the reconstructed states. If that gives the
-gradient of reversible execution, the executor did what it should, and the difference is what the
-rounding of the reconstructed states does to this network: nothing to worry about where they are as
-exact as their dtype (a sign turned around in front of a ReLU, a tie in a max-pooling), a loss of
-digits where they are not.
+Only if the gradients differ more runs: stored execution differentiated at the reconstructed states.
+If that gives the gradients of reversible execution, the executor did what it should, and the
+difference is what the rounding of the reconstructed states does to this network: nothing to worry
+about where they are as exact as their dtype (a sign turned around in front of a ReLU, a tie in a
+max-pooling), a loss of digits where they are not.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import OptionError
-from .evidence import Evidence, Precision, Step, chain_errors, gradient_errors
+from .evidence import Evidence, Precision, Step, Unsteady, chain_errors
 from .findings import Verification
 from .inputs import bind, split
 from .judgement import judge
@@ -87,8 +86,8 @@ def verify(
             f"{'train' if rev.training else 'eval'} mode, {subject.device}, {evidence.precision}",
             evidence.precision.tolerance,
             judge(evidence),
-            evidence.output_error(evidence.reversible),
-            gradient_errors(evidence.stored, evidence.reversible),
+            evidence.output_error,
+            evidence.gradient_errors(evidence.reversible),
             chain_errors(evidence),
         )
 
@@ -130,13 +129,13 @@ class Subject:
         )
         self.rev.memory = "reversible"  # raises if it cannot be
         stored = self.step("store")
+        unsteady = Unsteady.of(stored, self.step("store"), precision)
         reversible = self.attempt("reversible")
-        self.watch()
-        evidence = Evidence(precision, locations, stored, reversible, tuple(self.trials))
-        if evidence.unexplained:
-            evidence.again = self.step("store")
-            if evidence.reconstructed:
-                evidence.pinned = self.pinned()
+        self.watch(reversible)
+        trials = tuple(self.trials)
+        evidence = Evidence(precision, locations, stored, reversible, trials, unsteady)
+        if evidence.unexplained and evidence.reconstructed:
+            evidence.pinned = self.pinned()
         return evidence
 
     def step(self, memory: Memory, calls: AbstractContextManager[Any] | None = None) -> Step:
@@ -179,8 +178,8 @@ class Subject:
 
         return self.attempt("store", calls_made_by(make))
 
-    def watch(self) -> None:
-        """A forward whose chains examine themselves."""
+    def watch(self, reversible: Step) -> None:
+        """A forward whose chains examine themselves; it may fail as the reversible step failed."""
 
         def make(number: int, root: Any, *starts: torch.Tensor) -> ChainCall:
             if root is not self.rev._live:  # a rewired module inside this one
@@ -192,8 +191,9 @@ class Subject:
                 self.forward("reversible")
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # the reversible step met it too, and tells
-            return
+        except Exception:
+            if reversible.error is None:
+                raise
 
     def forward(self, memory: Memory) -> tuple[Any, dict[str, torch.Tensor]]:
         """The output from the state at the beginning, and the inputs that get gradients."""
