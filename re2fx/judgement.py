@@ -145,7 +145,7 @@ def unsteady(evidence: Evidence) -> Iterator[Finding]:
     errors = [found.gradients[name] for name in names] + [found.outputs]
     places += [shorten(sorted(found.state | found.random))] * bool(found.state | found.random)
     if places:
-        largest = f" (by {max(errors):.1e} relative)" if max(errors) > 0 else ""
+        largest = f" (by {max(errors):.1e} relative)" if 0 < max(errors) < math.inf else ""
         yield Finding(
             "warning",
             "; ".join(places),
@@ -161,7 +161,8 @@ def explained(evidence: Evidence, places: str, sentence: str, worst: float) -> F
     """What a difference comes from that no branch accounts for."""
     error = max((e for t in evidence.trials for e in t.errors if e is not None), default=0.0)
     allowed = max(worst * LEFT_OVER, evidence.precision.tolerance)
-    if not math.isfinite(worst) or _left_over(evidence) > allowed:
+    left = _left_over(evidence)
+    if not math.isfinite(worst) or left > allowed:
         return Finding(
             "error",
             places,
@@ -171,7 +172,7 @@ def explained(evidence: Evidence, places: str, sentence: str, worst: float) -> F
         )
     account = (
         f"{sentence}: stored execution differentiated at the reconstructed states, which are off "
-        f"by {error:.1e}, has these gradients too."
+        f"by {error:.1e}, has these gradients too, to {left:.1e}."
     )
     if error <= evidence.precision.rounding:
         return Finding(
@@ -267,7 +268,8 @@ def half_precision(evidence: Evidence) -> Iterator[Finding]:
     found = [t for t in evidence.trials if {t.dtype, *t.branch_dtypes} & HALF]
     for (stream, branch), group in groupby(sorted(found, key=kinds), key=kinds):
         members = sorted(group, key=lambda trial: trial.number)
-        chains = f"chain {shorten(str(trial.number) for trial in members)}"
+        numbers = shorten(str(trial.number) for trial in members)
+        chains = f"chain {numbers}" if len(members) == 1 else f"chains {numbers}"
         worst = max((e for t in members for e in t.errors if e is not None), default=0.0)
         measured = f"The largest relative error of a state is {figure(worst)}."
         if members[0].dtype in HALF:
