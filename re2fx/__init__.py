@@ -1,8 +1,9 @@
 """Rewire pretrained residual networks and train them on reconstructed activations.
 
-``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
-the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, backend="re2fx")``
-compiles, ``report`` predicts what training keeps for the backward.
+``transform`` rewires a model, ``explain`` says what it would do and why, ``diff`` shows what it
+changes in the graph, ``report`` predicts what training keeps for the backward, ``verify`` compares
+a step with a stored one, ``record`` gives access to the streams of a call, ``emit`` shows the
+graphs that ``torch.compile(model, backend="re2fx")`` compiles.
 """
 
 from .api import explain, transform
@@ -20,13 +21,16 @@ from .errors import (
     Re2fxWarning,
     ReplayError,
     StreamError,
+    VerificationError,
 )
 from .explanation import Explanation
+from .findings import Finding, Verification
 from .footprint import ChainBytes, Kept, PartBytes, Report
 from .module import RewiredModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
 from .report import report
+from .verify import verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +43,7 @@ __all__ = [
     "Coupling",
     "Emitted",
     "Explanation",
+    "Finding",
     "InputError",
     "Kept",
     "Location",
@@ -55,9 +60,12 @@ __all__ = [
     "Residual",
     "RewiredModule",
     "StreamError",
+    "Verification",
+    "VerificationError",
     "emit",
     "explain",
     "record",
     "report",
     "transform",
+    "verify",
 ]

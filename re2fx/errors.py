@@ -45,5 +45,9 @@ class TargetError(Re2fxError, ValueError):
     """A model or an input that was named on the command line cannot be made."""
 
 
+class VerificationError(Re2fxError):
+    """Reversible execution was compared with stored execution and did not do the same."""
+
+
 class Re2fxWarning(UserWarning):
     """Something the user should know, and can silence by this category."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import OptionError
 from .footprint import WAYS, Kept, Report
 from .verdict import chain_name, part_name, sentences, size
 
@@ -86,14 +85,10 @@ def text(report: Report) -> str:
 
 def terminal(report: Report) -> Any:
     """A rich renderable."""
-    try:
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError as error:
-        raise OptionError(
-            "a table in the terminal needs rich: pip install re2fx[cli]; str(report) does not"
-        ) from error
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(TITLE, title_justify="left")
     for way in WAYS:
         table.add_column(way, justify="right", no_wrap=True)
@@ -127,13 +122,9 @@ PAGE = """
 
 
 def html(report: Report) -> str:
-    """A table for a notebook; preformatted text where jinja2 is not installed."""
-    try:
-        from jinja2 import Environment
-    except ImportError:
-        from html import escape
+    """A table for a notebook."""
+    from jinja2 import Environment
 
-        return f"<pre>{escape(text(report))}</pre>"
     template = Environment(autoescape=True).from_string(PAGE)
     return template.render(
         heading=heading(report),
