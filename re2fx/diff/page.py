@@ -18,6 +18,7 @@ from .text import member
 
 STATUSES = list(SYMBOLS)
 SORTS = ["module", "alike", "same"]
+SCRIPTS = ("model.js", "rows.js", "wiring.js", "main.js")
 
 
 def page(diffs: Sequence[tuple[str, Diff]], title: str) -> str:
@@ -36,17 +37,20 @@ def page(diffs: Sequence[tuple[str, Diff]], title: str) -> str:
         raise OptionError(
             "to_html needs jinja2, which is not installed. Get it with pip install 're2fx[cli]'."
         ) from error
-    folder = resources.files("re2fx.diff")
-    template = jinja2.Environment(autoescape=True).from_string(
-        folder.joinpath("page.html.j2").read_text("utf-8")
-    )
-    parts = {
-        name: folder.joinpath(f"page.{name}").read_text("utf-8") for name in ("css", "js")
-    }
     data = {"title": title, "diffs": [_Packed(name, diff).data() for name, diff in diffs]}
+    template = jinja2.Environment(autoescape=True).from_string(asset("page.html.j2"))
     return template.render(
-        title=title, names=[name for name, _ in diffs], data=embedded(data), **parts
+        title=title,
+        names=[name for name, _ in diffs],
+        data=embedded(data),
+        css=asset("page.css"),
+        scripts=[asset(name) for name in SCRIPTS],
     )
+
+
+def asset(name: str) -> str:
+    """A file that the page is made of."""
+    return resources.files("re2fx.diff").joinpath("assets", name).read_text("utf-8")
 
 
 def embedded(data: Any) -> str:
