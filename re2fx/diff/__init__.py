@@ -64,15 +64,15 @@ def history(rev: nn.Module) -> tuple[tuple[str, Diff], ...]:
             "re2fx.transform returned."
         )
     kind_of = kinds(rev)
-    steps = [listing(graph, name, kind_of) for name, graph in graphs]
-    last = len(steps) - 2
-    return tuple(
-        (
-            f"{before.title} \N{RIGHTWARDS ARROW} {after.title}",
-            compare(before, after, chains(rev) if number == last else ()),
-        )
-        for number, (before, after) in enumerate(zip(steps, steps[1:], strict=False))
-    )
+    listings = [listing(graph, name, kind_of) for name, graph in graphs]
+    steps: list[tuple[str, Diff]] = []
+    wirings: tuple[Wiring, ...] = ()
+    for before, after in zip(listings, listings[1:], strict=False):
+        # The chains' names are those of the rewired graph and of what comes after it.
+        wirings = chains(rev) if after.title == "rewired" else wirings
+        name = f"{before.title} \N{RIGHTWARDS ARROW} {after.title}"
+        steps.append((name, compare(before, after, wirings)))
+    return tuple(steps)
 
 
 def read(source: Any, title: str, example_inputs: Any) -> Listing:

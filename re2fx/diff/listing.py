@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -89,7 +90,7 @@ class Listing:
     values: tuple[Value, ...]
     kinds: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def users(self) -> list[list[tuple[int, int]]]:
         """For each value, who reads it and in which of its slots, in program order."""
         found: list[list[tuple[int, int]]] = [[] for _ in self.values]

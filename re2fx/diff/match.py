@@ -21,13 +21,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
+from functools import partial
 from itertools import chain
+
+from re2fx.plan import Location
 
 from .listing import Listing, Value
 
 Pairs = list[tuple[int, int]]
 Key = Callable[[int, Value], Hashable]
+Rule = Callable[[], None]
 NEIGHBOURHOODS = (3, 2, 1)
 LARGEST_ALIGNMENT = 40_000
 
@@ -39,6 +44,8 @@ def match(before: Listing, after: Listing) -> Pairs:
         before: one graph.
         after: another.
     """
+    if not (_has_provenance(before) and _has_provenance(after)):
+        before, after = _without_provenance(before), _without_provenance(after)
     by_name = Matcher(before, after).match(names=True)
     cost = by_name.cost()
     if cost:
@@ -68,27 +75,45 @@ class Matcher:
 
     def match(self, names: bool) -> Matcher:
         """Pair what can be paired; the surest evidence first."""
-        if names:
-            self.unique(lambda _, v: (v.name, *v.label, v.scope, v.location.line))
-            self.unique(lambda _, v: (v.name, v.op, v.scope, v.location.line))
-        self.unique(lambda _, v: "output" if v.op == "output" else None)
-        self.unique(lambda _, v: v.label if v.op in ("placeholder", "get_attr") else None, True)
-        self.unique(_written, ordered=True)
-        for cones in (self.upstream(), self.downstream()):
-            self.unique(lambda side, v, c=cones: c[side][v.index], ordered=True)  # type: ignore[misc]
-        self.spread()
-        for steps in NEIGHBOURHOODS:
-            hashes = self.neighbourhoods(steps)
-            self.unique(lambda side, v, h=hashes: h[side][v.index])  # type: ignore[misc]
-            self.spread()
-        if names:
-            self.unique(lambda _, v: (v.name, v.op, v.scope))
-        self.unique(_computed)
-        self.align(lambda v: (*v.label, v.scope, v.literals))
-        self.align(lambda v: (*v.label, v.scope))
-        self.unique(self.surroundings)
-        self.align(lambda v: (v.op == "placeholder", v.scope, v.location.line) if _has(v) else None)
+        for rule in [*(self.by_names() if names else []), *self.by_structure(names)]:
+            if not (self.free(0) and self.free(1)):
+                break
+            rule()
         return self
+
+    def by_names(self) -> list[Rule]:
+        """Equal names, with equal provenance."""
+        return [
+            lambda: self.unique(lambda _, v: (v.name, *v.label, v.scope, v.location.line)),
+            lambda: self.unique(lambda _, v: (v.name, v.op, v.scope, v.location.line)),
+        ]
+
+    def by_structure(self, names: bool) -> list[Rule]:
+        """Provenance, dataflow, and at last what stands at one place."""
+        return [
+            lambda: self.unique(lambda _, v: "output" if v.op == "output" else None),
+            lambda: self.unique(_named, ordered=True),
+            lambda: self.unique(_written, ordered=True),
+            lambda: self.numbered(self.upstream(), ordered=True),
+            lambda: self.numbered(self.downstream(), ordered=True),
+            self.spread,
+            *(partial(self.near, steps) for steps in NEIGHBOURHOODS),
+            lambda: self.unique(lambda _, v: (v.name, v.op, v.scope) if names else None),
+            lambda: self.unique(_computed),
+            lambda: self.align(lambda v: (*v.label, v.scope, v.literals)),
+            lambda: self.align(lambda v: (*v.label, v.scope)),
+            lambda: self.unique(self.surroundings),
+            lambda: self.align(lambda v: (v.scope, v.location.line) if _has_line(v) else None),
+        ]
+
+    def near(self, steps: int) -> None:
+        """Pair nodes whose neighbourhood is the same, and nobody else's, and then spread."""
+        self.numbered(self.neighbourhoods(steps))
+        self.spread()
+
+    def numbered(self, numbers: tuple[list[int], list[int]], ordered: bool = False) -> None:
+        """Pair by numbers of the nodes of both sides."""
+        self.unique(lambda side, value: numbers[side][value.index], ordered)
 
     def pairs(self) -> Pairs:
         """What was paired."""
@@ -248,9 +273,24 @@ class Matcher:
         return total
 
 
-def _has(value: Value) -> bool:
+def _has_provenance(graph: Listing) -> bool:
+    return any(_has_line(value) or value.scope for value in graph.values)
+
+
+def _without_provenance(graph: Listing) -> Listing:
+    """What only one of two graphs has would set all their nodes apart."""
+    values = tuple(replace(v, scope="", location=Location()) for v in graph.values)
+    return Listing(graph.title, values)
+
+
+def _has_line(value: Value) -> bool:
     """Whether it is known where a node was written, and it is no boundary of the graph."""
     return bool(value.location.line) and value.op not in ("placeholder", "output")
+
+
+def _named(side: int, value: Value) -> Hashable:
+    """Inputs and members of the model."""
+    return value.label if value.op in ("placeholder", "get_attr") else None
 
 
 def _written(side: int, value: Value) -> Hashable:

@@ -92,12 +92,12 @@ class _Packed:
 
     def row(self, row: Row) -> list[Any]:
         """Status, name, module, then each side; the second side is left out if it is the same."""
-        before = row.before and self.side(row.before, 0)
-        after = row.after and self.side(row.after, 1)
+        before = row.before and self.side(row.before, 0, row.scope)
+        after = row.after and self.side(row.after, 1, row.scope)
         head: list[Any] = [STATUSES.index(row.status), row.name, self.string(row.scope)]
         return [*head, before] if before == after else [*head, before, after]
 
-    def side(self, value: Value, side: int) -> list[Any]:
+    def side(self, value: Value, side: int, scope: str) -> list[Any]:
         """Code in pieces (numbers are rows), node, opcode, target, place in the source, shape."""
         names = self.diff.names[side]
         pieces: list[Any] = []
@@ -105,7 +105,7 @@ class _Packed:
             if isinstance(piece, int):
                 pieces.append(self.number[names[value.reads[piece]]])
             else:
-                text = member(piece.path, value.scope) if isinstance(piece, Member) else piece
+                text = member(piece.path, scope) if isinstance(piece, Member) else piece
                 joined = pieces and isinstance(pieces[-1], str)
                 pieces[-1:] = [pieces[-1] + text] if joined else [*pieces[-1:], text]
         place = value.location

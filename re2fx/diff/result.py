@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -33,12 +33,15 @@ class Row:
             ``"removed"``.
         before: the node in the graph before, if it is there.
         after: the node in the graph after, if it is there.
+        scope: path of the module whose code computes it; that of the row above if nothing is
+            known, as for nodes that a pass inserted.
     """
 
     name: str
     status: Status
     before: Value | None
     after: Value | None
+    scope: str
 
     @property
     def value(self) -> Value:
@@ -46,11 +49,6 @@ class Row:
         value = self.after or self.before
         assert value is not None
         return value
-
-    @property
-    def scope(self) -> str:
-        """Path of the module whose code computes it."""
-        return self.value.scope
 
 
 @dataclass(frozen=True)
@@ -270,31 +268,37 @@ def _names(before: Listing, after: Listing, pairs: Iterable[tuple[int, int]]) ->
 
 
 def _rows(diff: Diff) -> tuple[Row, ...]:
-    """Merge two programs: pairs side by side, between them what is removed, then what is added.
-
-    A pair that changed its place among the others stands where it is after.
-    """
-    left, right, (names, new_names) = diff.before.values, diff.after.values, diff.names
-    pairs = list(diff.pairs)
-    paired, partner = {i for i, _ in pairs}, {j: i for i, j in pairs}
+    """The merged program as rows."""
     rows: list[Row] = []
-    start, begin = 0, 0
-    for i, j in [*ascending(pairs), (len(left), len(right))]:
-        for value in left[start:i]:
-            if value.index not in paired:
-                rows.append(Row(names[value.index], "removed", value, None))
-        for value in right[begin : j + 1]:
-            if value.index in partner:
-                old = left[partner[value.index]]
-                status = _status(old, value, diff.names)
-                rows.append(Row(new_names[value.index], status, old, value))
-            else:
-                rows.append(Row(new_names[value.index], "added", None, value))
-        start, begin = i + 1, j + 1
+    for before, after in _merged(diff):
+        value = after or before
+        assert value is not None
+        scope = value.scope
+        if not scope and rows and value.op.startswith("call") and not value.location.line:
+            scope = rows[-1].scope
+        name = diff.names[1][after.index] if after else diff.names[0][value.index]
+        rows.append(Row(name, _status(before, after, diff.names), before, after, scope))
     return tuple(rows)
 
 
-def _status(before: Value, after: Value, names: Any) -> Status:
+def _merged(diff: Diff) -> Iterator[tuple[Value | None, Value | None]]:
+    """Two programs as one: pairs, between them what is removed, then what is added.
+
+    A pair that changed its place among the others stands where it is after.
+    """
+    left, right = diff.before.values, diff.after.values
+    old = {j: left[i] for i, j in diff.pairs}
+    paired = {i for i, _ in diff.pairs}
+    start, begin = 0, 0
+    for i, j in [*ascending(list(diff.pairs)), (len(left), len(right))]:
+        yield from ((v, None) for v in left[start:i] if v.index not in paired)
+        yield from ((old.get(v.index), v) for v in right[begin : j + 1])
+        start, begin = i + 1, j + 1
+
+
+def _status(before: Value | None, after: Value | None, names: Any) -> Status:
+    if before is None or after is None:
+        return "removed" if after is None else "added"
     if (before.label, before.literals) != (after.label, after.literals):
         return "changed"
     rewired = any(True for _ in _edges("", before, after, names))
