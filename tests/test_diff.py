@@ -240,8 +240,13 @@ def test_random_edits_are_recovered_exactly(case: tuple[Graph, list[tuple[str, i
 def reads(node: Node | None) -> list[str]:
     """Names of what a node reads, slot by slot."""
     found: list[str] = []
+
+    def keep(value: Node) -> Node:
+        found.append(value.name)
+        return value
+
     if node is not None:
-        map_arg(node.args, lambda value: found.append(value.name))
+        map_arg(node.args, keep)
     return found
 
 
@@ -276,12 +281,10 @@ def test_long_and_short_sequences_are_aligned() -> None:
     assert ascending([(0, 2), (1, 0), (2, 1), (3, 3)]) == [(1, 0), (2, 1), (3, 3)]
 
 
-class Passed(nn.Module):
-    """A module that kept the graphs of its passes."""
-
-    def __init__(self, *graphs: tuple[str, Graph]) -> None:
-        super().__init__()
-        self.history = graphs
+def passed(rev: nn.Module, *graphs: tuple[str, Graph]) -> nn.Module:
+    """A rewired module that kept the graphs of its passes; each has a class of its own."""
+    setattr(type(rev), "history", graphs)
+    return rev
 
 
 def test_history_has_a_difference_per_pass() -> None:
@@ -290,10 +293,11 @@ def test_history_has_a_difference_per_pass() -> None:
     captured = capture(model).train
     assert isinstance(rev, re2fx.RewiredModule)
     steps = history(
-        Passed(("captured", captured), ("normalized", captured), ("rewired", rev.graph))
+        passed(rev, ("captured", captured), ("normalized", captured), ("rewired", rev.graph))
     )
     assert [name for name, _ in steps] == ["captured → normalized", "normalized → rewired"]
     assert not steps[0][1]
     assert steps[1][1].summary == diff(model, rev).summary
+    assert [len(step.wirings) for _, step in steps] == [0, 1]
     with pytest.raises(OptionError, match="keeps no graphs"):
         history(model)

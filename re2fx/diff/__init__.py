@@ -8,6 +8,7 @@ what differs; `text`, `export` and `page` show it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -67,7 +68,7 @@ def history(rev: nn.Module) -> tuple[tuple[str, Diff], ...]:
     listings = [listing(graph, name, kind_of) for name, graph in graphs]
     steps: list[tuple[str, Diff]] = []
     wirings: tuple[Wiring, ...] = ()
-    for before, after in zip(listings, listings[1:], strict=False):
+    for before, after in pairwise(listings):
         # The chains' names are those of the rewired graph and of what comes after it.
         wirings = chains(rev) if after.title == "rewired" else wirings
         name = f"{before.title} \N{RIGHTWARDS ARROW} {after.title}"

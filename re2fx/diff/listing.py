@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from re2fx.plan import Location
@@ -208,9 +207,7 @@ def _qualified(function: Any) -> str:
     return name if module == "builtins" else f"{module}.{name}"
 
 
-def _code(
-    node: Node, positional: list[list[Piece]], named: dict[str, list[Piece]]
-) -> list[Piece]:
+def _code(node: Node, positional: list[list[Piece]], named: dict[str, list[Piece]]) -> list[Piece]:
     """The right-hand side, as one would write it."""
     arguments = _joined([*positional, *([f"{k}=", *v] for k, v in named.items())])
     target = node.target
@@ -299,7 +296,7 @@ def _location(node: Node, scope: str) -> Location:
 def _shape(node: Node) -> str:
     """``float32[2, 3]``, from whatever recorded it."""
     for key in ("val", "example_value", "tensor_meta"):
-        meta = node.meta.get(key)
-        if isinstance(meta, Tensor) or (hasattr(meta, "shape") and hasattr(meta, "dtype")):
+        meta: Any = node.meta.get(key)
+        if hasattr(meta, "shape") and hasattr(meta, "dtype"):
             return f"{str(meta.dtype).removeprefix('torch.')}{list(meta.shape)}"
     return ""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 
 from re2fx.plan import Location
 
@@ -203,11 +203,7 @@ class Matcher:
         left, right = before[i], after[j]
         if left.slots != right.slots:
             return []
-        return [
-            (a, b)
-            for a, b in zip(left.reads, right.reads, strict=True)
-            if self.alike(a, b)
-        ]
+        return [(a, b) for a, b in zip(left.reads, right.reads, strict=True) if self.alike(a, b)]
 
     def equal_users(self, i: int, j: int) -> Pairs:
         """Who reads two nodes at the same place, if it is of one kind, free, and the only one."""
@@ -243,7 +239,7 @@ class Matcher:
         """Pair what is left between two pairs as sequences of keys."""
         steps = ascending(self.pairs())
         bounds = [(-1, -1), *steps, (len(self.sides[0]), len(self.sides[1]))]
-        for (i, j), (k, m) in zip(bounds, bounds[1:], strict=False):
+        for (i, j), (k, m) in pairwise(bounds):
             left = self.between(0, i, k, key)
             right = self.between(1, j, m, key)
             for a, b in aligned([x for x, _ in left], [x for x, _ in right]):

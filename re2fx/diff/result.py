@@ -16,6 +16,7 @@ from re2fx.wiring import Wiring
 from .listing import Listing, Value
 from .match import Pairs, ascending, match
 
+Names = tuple[tuple[str, ...], tuple[str, ...]]
 Status = Literal["kept", "rewired", "changed", "added", "removed"]
 SYMBOLS: dict[Status, str] = {
     "kept": " ", "rewired": "~", "changed": "!", "added": "+", "removed": "-",
@@ -153,7 +154,7 @@ class Diff:
         return bool(self.changes)
 
     @cached_property
-    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def names(self) -> Names:
         """Canonical names of the nodes of either graph, by index."""
         return _names(self.before, self.after, self.pairs)
 
@@ -248,7 +249,7 @@ def compare(before: Listing, after: Listing, wirings: tuple[Wiring, ...] = ()) -
     return Diff(before, after, tuple(match(before, after)), wirings)
 
 
-def _names(before: Listing, after: Listing, pairs: Iterable[tuple[int, int]]) -> Any:
+def _names(before: Listing, after: Listing, pairs: Iterable[tuple[int, int]]) -> Names:
     """Pairs are named as in the graph before; what is added takes the next free numbers."""
     taken: set[str] = set()
     numbers: Counter[str] = Counter()
@@ -296,7 +297,7 @@ def _merged(diff: Diff) -> Iterator[tuple[Value | None, Value | None]]:
         start, begin = i + 1, j + 1
 
 
-def _status(before: Value | None, after: Value | None, names: Any) -> Status:
+def _status(before: Value | None, after: Value | None, names: Names) -> Status:
     if before is None or after is None:
         return "removed" if after is None else "added"
     if (before.label, before.literals) != (after.label, after.literals):
@@ -305,7 +306,7 @@ def _status(before: Value | None, after: Value | None, names: Any) -> Status:
     return "rewired" if rewired else "kept"
 
 
-def _edges(name: str, before: Value | None, after: Value | None, names: Any) -> Iterable[Edge]:
+def _edges(name: str, before: Value | None, after: Value | None, names: Names) -> Iterable[Edge]:
     """Where one node reads other values than before."""
     old = [(names[0][r], slot) for r, slot in _read(before)]
     new = [(names[1][r], slot) for r, slot in _read(after)]

@@ -20,9 +20,9 @@ function show(step) {
   const chains = view.model.chains;
   byId("wiring").hidden = !chains.length;
   byId("wiring").replaceChildren(wiringElement(chains, !NARROW.matches, (row) => row >= 0 && goTo(view.model.rows[row])));
-  find(byId("query").value, false);
   arrangeLines();
-  showDetail(null);
+  find(byId("query").value, false);
+  mark(null);
   byId("scroll").scrollTop = 0;
 }
 
@@ -55,6 +55,12 @@ function drawLines() {
   const last = view.printing ? view.lines.length
     : Math.min(view.lines.length, Math.ceil((above + scroll.clientHeight) / HEIGHT) + 12);
   rows.replaceChildren(...lineElements(view, first, Math.max(first, last)));
+  markLines();
+}
+
+function markLines() {
+  const rows = byId("rows");
+  markElements(view, rows.children);
   const here = rows.querySelector(".here");
   if (here) rows.setAttribute("aria-activedescendant", here.id);
   else rows.removeAttribute("aria-activedescendant");
@@ -107,7 +113,7 @@ function mark(row) {
     users: row.users.map((users) => new Set(users)),
   };
   showDetail(row);
-  drawLines();
+  markLines();
 }
 
 function links(label, ids) {
@@ -242,9 +248,10 @@ function treeKey(event) {
   return () => buttons[buttons.indexOf(event.target) + by]?.focus();
 }
 
+// By place, for the element that was pressed may have been drawn anew since.
 function itemAt(event) {
-  const node = event.target.closest("[data-place]");
-  return node ? view.lines[Number(node.dataset.place)].item : null;
+  const place = Math.floor((event.clientY - byId("rows").getBoundingClientRect().top) / HEIGHT);
+  return view.lines[place]?.item ?? null;
 }
 
 byId("rows").addEventListener("click", (event) => {
@@ -254,17 +261,21 @@ byId("rows").addEventListener("click", (event) => {
   if (isSection(item)) toggle(item);
   mark(isSection(item) ? null : item);
 });
-byId("rows").addEventListener("mouseover", (event) => {
+byId("rows").addEventListener("mousemove", (event) => {
   const item = itemAt(event);
   if (!item || item === view.hover) return;
   view.hover = item;
   if (!isSection(item)) mark(item);
 });
+// What was pointed at last stays, so that its links can be reached, unless a row was chosen.
 byId("rows").addEventListener("mouseleave", () => {
   view.hover = null;
-  mark(view.here && !isSection(view.here) ? view.here : null);
+  if (view.here && !isSection(view.here)) mark(view.here);
 });
-byId("rows").addEventListener("focus", () => { if (!view.here && view.lines.length) { view.here = view.lines[0].item; drawLines(); } });
+byId("rows").addEventListener("focus", () => {
+  view.here ??= view.lines[0]?.item ?? null;
+  markLines();
+});
 byId("scroll").addEventListener("scroll", () => requestAnimationFrame(drawLines), { passive: true });
 byId("search").addEventListener("submit", (event) => { event.preventDefault(); stepHit(1, false); });
 byId("query").addEventListener("input", (event) => find(event.target.value));

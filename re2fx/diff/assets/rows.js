@@ -28,7 +28,7 @@ function codeSpans(model, row, number) {
   return spans;
 }
 
-function cell(model, line, number, marks) {
+function cell(model, line, number) {
   const row = line.item;
   const side = row.sides[number];
   if (!side) return element("div", { class: "cell void", role: "gridcell" });
@@ -36,17 +36,15 @@ function cell(model, line, number, marks) {
   const mark = both && line.split === false && row.status !== "kept"
     ? (number ? MARKS[row.status] : "\u2212") : MARKS[row.status];
   const classes = ["cell", row.status === "kept" ? "quiet" : row.status];
-  if (marks.inputs[number].has(row.id)) classes.push("input");
-  if (marks.users[number].has(row.id)) classes.push("user");
   const code = element("code", {}, ...codeSpans(model, row, number));
-  return element("div", { class: classes.join(" "), role: "gridcell" },
+  return element("div", { class: classes.join(" "), role: "gridcell", "data-side": number },
     element("span", { class: `mark ${row.status}`, "aria-label": WORDS[row.status] }, mark), code);
 }
 
-function rowElement(model, line, unified, marks, found) {
+function rowElement(model, line, unified, found) {
   const row = line.item;
   const numbers = unified ? [line.side] : [0, 1];
-  const cells = numbers.map((number) => cell(model, { ...line, split: !unified }, number, marks));
+  const cells = numbers.map((number) => cell(model, { ...line, split: !unified }, number));
   const classes = `row${unified ? " one" : ""}${found.has(row.id) ? " found" : ""}`;
   return element("div", { class: classes, "data-row": row.id, "data-status": row.status }, ...cells);
 }
@@ -74,7 +72,7 @@ function lineElements(view, first, last) {
   for (let place = first; place < last; place++) {
     const line = view.lines[place];
     const node = isSection(line.item) ? sectionElement(line.item)
-      : rowElement(view.model, line, view.unified, view.marks, view.found);
+      : rowElement(view.model, line, view.unified, view.found);
     node.setAttribute("role", "row");
     node.id = `line-${place}`;
     node.dataset.place = place;
@@ -82,10 +80,21 @@ function lineElements(view, first, last) {
     node.setAttribute("aria-level", line.depth + 1);
     node.style.setProperty("--depth", line.depth);
     node.style.top = `${place * HEIGHT}px`;
-    if (line.item === view.here) node.classList.add("here");
     made.push(node);
   }
   return made;
+}
+
+// Mark the current line, and what the row in question reads and who reads it.
+function markElements(view, elements) {
+  for (const node of elements) {
+    node.classList.toggle("here", view.lines[node.dataset.place].item === view.here);
+    for (const side of node.querySelectorAll("[data-side]")) {
+      const [id, number] = [Number(node.dataset.row), side.dataset.side];
+      side.classList.toggle("input", view.marks.inputs[number].has(id));
+      side.classList.toggle("user", view.marks.users[number].has(id));
+    }
+  }
 }
 
 // The modules at the left; folded and unfolded together with the lines.
