@@ -189,6 +189,17 @@ def edits(draw: st.DrawFn) -> tuple[Graph, list[tuple[str, int]]]:
     return graph, [(draw(kinds), place) for place in places]
 
 
+def insert(graph: Graph, node: Node) -> None:
+    """A sigmoid behind a node, for all who read it."""
+    with graph.inserting_after(node):
+        new = graph.call_function(torch.sigmoid, (node,))
+
+    def is_other(user: Node) -> bool:
+        return user is not new
+
+    node.replace_all_uses_with(new, delete_user_cb=is_other)
+
+
 def apply(graph: Graph, changes: list[tuple[str, int]]) -> Graph:
     """The edited copy."""
     edited = copy.deepcopy(graph)
@@ -196,9 +207,7 @@ def apply(graph: Graph, changes: list[tuple[str, int]]) -> Graph:
     for kind, place in changes:
         node = nodes[place]
         if kind == "insert":
-            with edited.inserting_after(node):
-                new = edited.call_function(torch.sigmoid, (node,))
-            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            insert(edited, node)
         elif kind == "remove":
             node.replace_all_uses_with(node.all_input_nodes[0])
             edited.erase_node(node)
@@ -257,10 +266,7 @@ def test_ten_thousand_nodes() -> None:
 
     def change(found: dict[str, Node], graph: Graph) -> None:
         for number in range(100, 3300, 400):
-            node = found[f"relu_{number}"]
-            with graph.inserting_after(node):
-                new = graph.call_function(torch.sigmoid, (node,))
-            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            insert(graph, found[f"relu_{number}"])
 
     result = diff(before, edit(before, change))
     assert result.summary.added == result.summary.edges_rewired == 8

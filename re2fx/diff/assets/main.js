@@ -75,8 +75,8 @@ function goTo(item, focus = true) {
   reveal(item);
   view.here = item;
   arrangeLines();
+  mark(isSection(item) ? null : item); // first, for it may take room from the lines
   scrollTo(placeOf(item));
-  mark(isSection(item) ? null : item);
   if (focus) byId("rows").focus({ preventScroll: true });
 }
 

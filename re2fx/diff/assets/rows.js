@@ -58,7 +58,7 @@ function sectionElement(section) {
     parts.push(element("b", {}, sectionTitle(section)));
     const alike = section.sort === ALIKE ? `${section.items.length} identical` : section.kind;
     if (alike) parts.push(element("span", {}, alike));
-    parts.push(element("span", { class: "counts" }, section.changed
+    parts.push(element("span", { class: section.changed ? "counts" : "counts quiet" }, section.changed
       ? `${section.changed} of ${nodes} differ` : nodes));
   }
   const sort = ["module", "alike", "same"][section.sort];

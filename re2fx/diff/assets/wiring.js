@@ -1,6 +1,6 @@
 // A reversible chain: two rails, and branches that read one and are added to the other in turn.
 const [TOP, MIDDLE, BOTTOM, STEP, GAP] = [44, 100, 156, 104, 46];
-const [FROM_START, FROM_END, MOST] = [4, 3, 8];
+const [FROM_START, FROM_END, MOST] = [3, 2, 8];
 const SUBSCRIPTS = "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089";
 
 function sub(number) {
@@ -82,11 +82,11 @@ function drawEllipsis(svg, hidden, x, expand) {
 function drawEnds(svg, width) {
   for (const [y, rail] of [[TOP, "first"], [BOTTOM, "second"]]) {
     svg.prepend(shape("path", { class: `rail ${rail}`,
-      d: `M34 ${MIDDLE}C56 ${MIDDLE} 50 ${y} 80 ${y}H${width - 132}C${width - 104} ${y} ${width - 116} ${MIDDLE} ${width - 92} ${MIDDLE}` }));
+      d: `M58 ${MIDDLE}C80 ${MIDDLE} 74 ${y} 104 ${y}H${width - 132}C${width - 104} ${y} ${width - 116} ${MIDDLE} ${width - 92} ${MIDDLE}` }));
   }
-  svg.append(shape("circle", { class: "dot", cx: 34, cy: MIDDLE, r: 4.5 }),
-    shape("text", { class: "state", x: 34, y: MIDDLE - 14 }, "input"),
-    shape("text", { class: "state", x: 84, y: TOP - 12 }, "p\u2080"),
+  svg.append(shape("circle", { class: "dot", cx: 58, cy: MIDDLE, r: 4.5 }),
+    shape("text", { class: "state", x: 30, y: MIDDLE + 4 }, "input"),
+    shape("text", { class: "state", x: 106, y: TOP - 12 }, "p\u2080"),
     shape("rect", { class: "box", x: width - 92, y: MIDDLE - 15, width: 70, height: 30, rx: 15 }),
     shape("text", { x: width - 57, y: MIDDLE + 5 }, "readout"));
 }
@@ -104,14 +104,14 @@ function selection(steps, all) {
 function drawChain(chain, all, visit, expand) {
   const shown = selection(chain.steps, all);
   const advance = (entry) => (typeof entry === "number" ? STEP + 16 : entry.number === null ? GAP : STEP);
-  const width = 250 + shown.reduce((sum, entry) => sum + advance(entry), 0);
+  const width = 260 + shown.reduce((sum, entry) => sum + advance(entry), 0);
   const svg = shape("svg", { width, height: BOTTOM + 66, viewBox: `0 0 ${width} ${BOTTOM + 66}`, role: "group",
     "aria-label": "Two streams with branches that jump between them" });
   const marker = shape("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 7,
     markerHeight: 7, orient: "auto" });
   marker.append(shape("path", { d: "M0 0L8 4L0 8z", fill: "currentColor", opacity: 0.6 }));
   svg.append(marker);
-  let x = 84;
+  let x = 100;
   for (const entry of shown) {
     const size = advance(entry);
     x += size / 2;
