@@ -1,12 +1,13 @@
 """Rewire pretrained residual networks and train them on reconstructed activations.
 
-``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
-the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, backend="re2fx")``
-compiles.
+``transform`` rewires a model, ``explain`` says what it would do and why, ``diff`` compares graphs,
+``record`` gives access to the streams of a call, ``emit`` shows the graphs that
+``torch.compile(model, backend="re2fx")`` compiles.
 """
 
 from .api import Explanation, explain, transform
 from .coupling import Coupling
+from .diff import Diff, diff
 from .emitted import Emitted, emit
 from .errors import (
     CaptureError,
@@ -33,6 +34,7 @@ __all__ = [
     "ChainCutError",
     "ConditioningError",
     "Coupling",
+    "Diff",
     "Emitted",
     "Explanation",
     "InputError",
@@ -48,6 +50,7 @@ __all__ = [
     "Residual",
     "RewiredModule",
     "StreamError",
+    "diff",
     "emit",
     "explain",
     "record",
