@@ -8,6 +8,7 @@ graphs that ``torch.compile(model, backend="re2fx")`` compiles.
 
 from .api import explain, transform
 from .coupling import Coupling
+from .diff import Diff, diff
 from .emitted import Emitted, emit
 from .errors import (
     CaptureError,
@@ -41,6 +42,7 @@ __all__ = [
     "ChainCutError",
     "ConditioningError",
     "Coupling",
+    "Diff",
     "Emitted",
     "Explanation",
     "Finding",
@@ -62,6 +64,7 @@ __all__ = [
     "StreamError",
     "Verification",
     "VerificationError",
+    "diff",
     "emit",
     "explain",
     "record",
