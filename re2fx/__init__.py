@@ -8,7 +8,7 @@ graphs that ``torch.compile(model, backend="re2fx")`` compiles.
 
 from .api import explain, transform
 from .coupling import Coupling
-from .diff import Diff, diff
+from .diff import Diff, diff, history
 from .emitted import Emitted, emit
 from .errors import (
     CaptureError,
@@ -67,6 +67,7 @@ __all__ = [
     "diff",
     "emit",
     "explain",
+    "history",
     "record",
     "report",
     "transform",

@@ -121,12 +121,16 @@ def diff(
     leaf: LeafOpt = None,
     as_json: JsonOpt = False,
     html: HtmlOpt = None,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Let the page show every pass of the rewiring too.")
+    ] = False,
     dot: Annotated[
         Path | None, typer.Option("--dot", metavar="FILE", help="Write both graphs as DOT.")
     ] = None,
 ) -> None:
     """Show what rewiring changes in a model's graph, or how two models differ."""
     from .diff import diff as compare
+    from .diff import history
     from .targets import load
 
     with working(f"comparing {target}"):
@@ -137,7 +141,7 @@ def diff(
             after = rewired(made, coupling, readout, activation, leaf)
         result = compare(made.model, after, example_inputs=made.inputs)
         if html is not None:
-            result.to_html(html)
+            result.to_html(html, history(after) if steps and other is None else ())
         if dot is not None:
             dot.write_text(result.to_dot())
     if (html is None and dot is None) or as_json:
@@ -298,8 +302,10 @@ def show(result: Any, as_json: bool) -> None:
     """Print a result for a person, or as JSON."""
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
-    else:
+    elif hasattr(result, "__rich__"):
         Console().print(result, highlight=False)
+    else:
+        typer.echo(result.text(color=sys.stdout.isatty()))
 
 
 def main() -> None:

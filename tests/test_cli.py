@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from re2fx import cli
@@ -111,3 +112,87 @@ def test_the_command_is_installed_and_runs_as_a_module() -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("Net: 4 skip-adds")
+
+
+def test_diff(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capfd, "diff", NET)
+    assert code == 0
+    assert out.startswith("9 nodes added, 0 removed")
+    assert any(line.startswith("+ ") for line in out.splitlines())
+    code, out, _ = run(capfd, "diff", NET, "--json")
+    assert json.loads(out)["summary"]["added"] > 0
+    page, dot = tmp_path / "d.html", tmp_path / "d.dot"
+    code, out, err = run(
+        capfd, "diff", NET, "--html", str(page), "--dot", str(dot), "--steps", "--coupling",
+        "consistent:0.5",
+    )  # fmt: skip
+    assert (code, out) == (0, "")
+    assert err.count("wrote") == 2
+    assert "captured" in page.read_text()
+    assert dot.read_text().startswith("digraph")
+
+
+def test_the_diff_of_two_models(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capfd, "diff", f"{NET}?depth=2", f"{NET}?depth=2", "--json")
+    summary = json.loads(out)["summary"]
+    assert code == 0
+    assert (summary["added"], summary["removed"], summary["edges_rewired"]) == (0, 0, 0)
+    _, out, _ = run(capfd, "diff", f"{NET}?depth=2", f"{NET}?depth=3", "--json")
+    assert json.loads(out)["summary"]["added"] > 0
+
+
+def test_report(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "r.png"
+    arguments = ("report", f"{NET}?depth=6", "--input", "16,4")
+    code, out, err = run(capfd, *arguments, "--plot", str(picture))
+    assert code == 0
+    assert "reversible" in out
+    assert "wrote" in err
+    assert picture.stat().st_size > 0
+    code, out, _ = run(capfd, *arguments, "--json", "--measure")
+    assert code == 0
+    assert json.loads(out)
+
+
+def test_verify(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "v.svg"
+    code, out, _ = run(capfd, "verify", NET, "--input", "16,4", "--plot", str(picture))
+    assert code == 0
+    assert out.startswith("Net: ok")
+    assert picture.stat().st_size > 0
+    code, out, _ = run(capfd, "verify", NET, "--input", "16,4", "--json")
+    assert json.loads(out)["verdict"] == "ok"
+
+
+def test_a_verdict_that_is_not_ok_is_exit_code_one(capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capfd, "verify", f"{__name__}:nondeterministic", "--input", "8,4")
+    assert code == 1
+    assert "wrong" in out or "inexact" in out
+
+
+class Noisy(nn.Module):
+    """A branch with a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(4, generator=self.generator)
+        out: torch.Tensor = torch.tanh(self.mix(x)) * noise
+        return out
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noisy = Noisy()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.noisy(x)
+        return out
+
+
+def nondeterministic() -> nn.Module:
+    return nn.Sequential(Residual(), Residual(), Residual())

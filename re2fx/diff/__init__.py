@@ -41,9 +41,12 @@ def diff(before: Any, after: Any, *, example_inputs: Any = None) -> Diff:
         OptionError: an argument has no graph.
         CaptureError: a model cannot be traced.
     """
-    return compare(
-        read(before, "before", example_inputs), read(after, "after", example_inputs), chains(after)
-    )
+    if isinstance(after, RewiredModule) and after.is_made_of(before):
+        graph = after.history[0][1]  # as it was captured
+        listed = listing(graph, type(before).__name__, kinds(before))
+    else:
+        listed = read(before, "before", example_inputs)
+    return compare(listed, read(after, "after", example_inputs), chains(after))
 
 
 def history(rev: nn.Module) -> tuple[tuple[str, Diff], ...]:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from re2fx.errors import OptionError
 from re2fx.wiring import Block, Link, Wiring
 
 from .layout import Section, arrange
@@ -27,16 +26,9 @@ def page(diffs: Sequence[tuple[str, Diff]], title: str) -> str:
     Args:
         diffs: with their names.
         title: of the page.
-
-    Raises:
-        OptionError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise OptionError(
-            "to_html needs jinja2, which is not installed. Get it with pip install 're2fx[cli]'."
-        ) from error
+    import jinja2
+
     data = {"title": title, "diffs": [_Packed(name, diff).data() for name, diff in diffs]}
     template = jinja2.Environment(autoescape=True).from_string(asset("page.html.j2"))
     return template.render(

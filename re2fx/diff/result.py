@@ -214,14 +214,11 @@ class Diff:
 
         Args:
             path: a file to write it to.
-            steps: further differences with their names, such as `re2fx.diff.history` gives; the
+            steps: further differences with their names, such as `re2fx.history` gives; the
                 page lets one choose among them.
 
         Returns:
             the page.
-
-        Raises:
-            OptionError: jinja2 is not installed.
         """
         from .page import page
 

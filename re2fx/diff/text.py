@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from re2fx.errors import OptionError
-
 from .listing import Member, Value
 
 if TYPE_CHECKING:
@@ -134,14 +132,9 @@ def short(name: str, scope: str) -> str:
 
 def colored(text: str) -> str:
     """The text with terminal colours."""
-    try:
-        from rich.console import Console
-        from rich.text import Text
-    except ImportError as error:
-        raise OptionError(
-            "color=True needs rich, which is not installed. Get it with "
-            "pip install 're2fx[cli]', or leave colours off."
-        ) from error
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(color_system="standard", force_terminal=True, width=10_000)
     with console.capture() as capture:
         for line in text.splitlines():
