@@ -53,6 +53,48 @@ def test_a_graph_does_not_differ_from_itself(build: Callable[[], nn.Module]) -> 
         assert len(str(result).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_tiny"])
+def test_real_models_before_and_after(name: str) -> None:
+    from tests.zoo import ZOO
+
+    model = ZOO[name].build()
+    rev = ZOO[name].rewire(model)
+    assert not diff(model, model)
+    assert not diff(rev, rev)
+    result = diff(model, rev)
+    rewired = {row.after.name for row in result.rows if row.status == "rewired" and row.after}
+    # From the second residual of a chain on, every addition adds to an older state.
+    older = {block.output for wiring in rev._rewired[True].wirings for block in wiring.blocks[1:]}
+    kept = {row.after.name for row in result.rows if row.before and row.after}
+    # The in-place additions of a ResNet are written anew, behind the activation.
+    assert bool(older & kept) == (name != "resnet18")
+    assert older & kept <= rewired
+    assert len(result.wirings) == len(rev.plan.chains)
+
+
+def test_nodes_that_only_moved_are_the_same() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    a, b = graph.call_function(torch.relu, (x,)), graph.call_function(torch.tanh, (x,))
+    graph.output((a, b))
+
+    def swap(nodes: dict[str, Node], edited: Graph) -> None:
+        nodes["tanh"].append(nodes["relu"])
+
+    result = diff(graph, edit(graph, swap))
+    assert not result
+    assert [row.name for row in result.rows] == ["x", "tanh", "relu", "output"]
+
+
+def test_exported_graphs_keep_their_modules() -> None:
+    model = Net(depth=2).eval()
+    exported = torch.export.export(model, (torch.randn(2, 4),)).module()
+    result = diff(model, exported)
+    added = {row.scope for row in result.rows if row.status == "added"}
+    assert {"blocks.0.norm", "blocks.1.outer", "head"} <= added
+    assert {"x", "output"} <= {row.name for row in result.rows if row.before and row.after}
+
+
 def test_everything_that_has_a_graph_is_taken() -> None:
     model = Net().eval()
     graph = capture(model).eval

@@ -174,7 +174,7 @@ def test_search_steps_through_hits(open_page: Any) -> None:
     page.keyboard.press("Enter")
     assert count(page) == "2 of 12"
     assert "outer = self.outer" in here(page)
-    page.locator("#rows").focus()
+    page.keyboard.press("Escape")
     page.keyboard.press("n")
     page.keyboard.press("n")
     page.keyboard.press("N")

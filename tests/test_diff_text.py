@@ -90,6 +90,21 @@ def test_context_is_what_was_asked_for() -> None:
     assert len(result.text(context=100).splitlines()) > len(GOLDEN.splitlines())
 
 
+def test_hunks_end_with_their_module() -> None:
+    """Changes that lie close together in two modules are two hunks; every row stands in one."""
+    before = small()
+    after = copy.deepcopy(before)
+    for node in after.nodes:
+        if node.op == "get_attr":
+            node.target = f"{node.target}s"
+    for context in (0, 1, 2, 8):
+        lines = diff(before, after).text(context).splitlines()
+        heads = [line.split(" @@ ")[1] for line in lines if line.startswith("@@")]
+        assert heads == ["blocks.0 Block", "blocks.1 Block"]
+        code = [line for line in lines if line.startswith(("  ", "- ", "+ "))]
+        assert len(code) == (4 + 4 * context if context < 3 else len(before.nodes) + 2)
+
+
 def test_names_do_not_come_from_torch() -> None:
     """Whatever torch calls its nodes, the text is the same."""
     before, after = edited()
@@ -109,6 +124,7 @@ def test_code_is_readable() -> None:
     aten = graph.call_function(torch.ops.aten.add.Tensor, (first, size), {"alpha": 2})
     cast = graph.call_method("to", (aten,), {"dtype": torch.float16})
     softmax = graph.call_function(torch.softmax, (cast, -1))
+    softmax = graph.call_function(operator.iadd, (softmax, 1))
     graph.output({"y": [softmax, flag], "z": (cast,)})
     text = diff(Graph(), graph).text().splitlines()
     assert [line[2:] for line in text if line.startswith("+ ")] == [
@@ -120,7 +136,8 @@ def test_code_is_readable() -> None:
         "add = aten.add.Tensor(getitem, getitem_1, alpha=2)",
         "to = add.to(dtype=torch.float16)",
         "softmax = torch.softmax(to, -1)",
-        "return {'y': [softmax, flag], 'z': (to,)}",
+        "iadd = operator.iadd(softmax, 1)",
+        "return {'y': [iadd, flag], 'z': (to,)}",
     ]
 
 

@@ -18,7 +18,6 @@ INFIX = {
     operator.floordiv: "//", operator.mod: "%", operator.pow: "**", operator.matmul: "@",
     operator.and_: "&", operator.or_: "|", operator.xor: "^", operator.eq: "==",
     operator.ne: "!=", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
-    operator.iadd: "+=", operator.isub: "-=", operator.imul: "*=", operator.itruediv: "/=",
 }  # fmt: skip
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>[^\n]+)\n?(.*)')

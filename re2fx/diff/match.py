@@ -44,7 +44,7 @@ def match(before: Listing, after: Listing) -> Pairs:
         before: one graph.
         after: another.
     """
-    if not (_has_provenance(before) and _has_provenance(after)):
+    if _has_provenance(before) != _has_provenance(after):
         before, after = _without_provenance(before), _without_provenance(after)
     by_name = Matcher(before, after).match(names=True)
     cost = by_name.cost()

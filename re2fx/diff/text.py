@@ -42,7 +42,7 @@ def hunks(rows: tuple[Row, ...], context: int) -> Iterator[tuple[int, int, str]]
         while (
             size < len(changed)
             and changed[size] - changed[size - 1] <= 2 * context + 1
-            and inside(rows[changed[size]].scope, scope)
+            and (rows[changed[size]].scope + ".").startswith(scope + ".")
         ):
             size += 1
         first = max(done, changed[0] - context)

@@ -210,8 +210,13 @@ function nextTheme() {
   byId("theme").textContent = `Theme: ${theme}`;
 }
 
+// First leave the search with its hits, to step through them with n and N; then clear everything.
 function escape() {
   closeTree();
+  if (document.activeElement === byId("query") && view.hits.length) {
+    byId("rows").focus({ preventScroll: true });
+    return;
+  }
   byId("query").value = "";
   find("");
   view.here = null;

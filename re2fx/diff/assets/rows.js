@@ -38,7 +38,7 @@ function cell(model, line, number) {
   const classes = ["cell", row.status === "kept" ? "quiet" : row.status];
   const code = element("code", {}, ...codeSpans(model, row, number));
   return element("div", { class: classes.join(" "), role: "gridcell", "data-side": number },
-    element("span", { class: `mark ${row.status}`, "aria-label": WORDS[row.status] }, mark), code);
+    element("span", { class: `mark ${row.status}`, ...(mark ? { role: "img", "aria-label": WORDS[row.status] } : {}) }, mark), code);
 }
 
 function rowElement(model, line, unified, found) {

@@ -42,7 +42,7 @@ function drawBlock(svg, step, number, x, visit) {
   const [from, to] = [railOf(number), railOf(number + 1)];
   const down = to > from ? 1 : -1;
   const [a, b] = step.coupling;
-  svg.append(shape("path", { class: "jump", "marker-end": "url(#arrow)",
+  svg.append(shape("path", { class: "jump", "marker-end": `url(#${svg.dataset.arrow})`,
     d: `M${x} ${from}V${MIDDLE - down * 17}M${x} ${MIDDLE + down * 17}V${to - down * 12}` }));
   if (a) {
     svg.append(shape("path", { class: "jump direct",
@@ -101,13 +101,16 @@ function selection(steps, all) {
   return [...start, count - FROM_START - FROM_END, ...end];
 }
 
+let arrows = 0;
+
 function drawChain(chain, all, visit, expand) {
   const shown = selection(chain.steps, all);
   const advance = (entry) => (typeof entry === "number" ? STEP + 16 : entry.number === null ? GAP : STEP);
   const width = 260 + shown.reduce((sum, entry) => sum + advance(entry), 0);
   const svg = shape("svg", { width, height: BOTTOM + 66, viewBox: `0 0 ${width} ${BOTTOM + 66}`, role: "group",
     "aria-label": "Two streams with branches that jump between them" });
-  const marker = shape("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 7,
+  svg.dataset.arrow = `arrow-${++arrows}`; // a reference into a folded drawing would show nothing
+  const marker = shape("marker", { id: svg.dataset.arrow, viewBox: "0 0 8 8", refX: 6, refY: 4, markerWidth: 7,
     markerHeight: 7, orient: "auto" });
   marker.append(shape("path", { d: "M0 0L8 4L0 8z", fill: "currentColor", opacity: 0.6 }));
   svg.append(marker);
