@@ -46,7 +46,7 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     return swin, vit
 
 
-def terminal(result: Any, title: str, path: Path, width: int = 118) -> None:
+def terminal(result: Any, title: str, path: Path, width: int = 144) -> None:
     """What a terminal shows, as SVG."""
     console = Console(record=True, width=width, file=io.StringIO())
     console.print(result, highlight=False)
