@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test bench render format clean
+.PHONY: demo test bench pictures render format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
@@ -24,6 +24,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo --save
 	$(BIN)/python -m benchmarks.compiled
 	$(BIN)/python -m benchmarks.render
+
+# The pictures of what the tools show; needs Chromium for the page.
+pictures: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.pictures
 
 render: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.render

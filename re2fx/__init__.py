@@ -1,12 +1,14 @@
 """Rewire pretrained residual networks and train them on reconstructed activations.
 
-``transform`` rewires a model, ``explain`` says what it would do and why, ``record`` gives access to
-the streams of a call, ``emit`` shows the graphs that ``torch.compile(model, backend="re2fx")``
-compiles.
+``transform`` rewires a model, ``explain`` says what it would do and why, ``diff`` shows what it
+changes in the graph, ``report`` predicts what training keeps for the backward, ``verify`` compares
+a step with a stored one, ``record`` gives access to the streams of a call, ``emit`` shows the
+graphs that ``torch.compile(model, backend="re2fx")`` compiles.
 """
 
 from .api import explain, transform
 from .coupling import Coupling
+from .diff import Diff, diff, history
 from .emitted import Emitted, emit
 from .errors import (
     CaptureError,
@@ -20,37 +22,54 @@ from .errors import (
     Re2fxWarning,
     ReplayError,
     StreamError,
+    VerificationError,
 )
 from .explanation import Explanation
+from .findings import Finding, Verification
+from .footprint import ChainBytes, Kept, PartBytes, Report
 from .module import RewiredModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
+from .report import report
+from .verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
     "Chain",
+    "ChainBytes",
     "ChainCutError",
     "ConditioningError",
     "Coupling",
+    "Diff",
     "Emitted",
     "Explanation",
+    "Finding",
     "InputError",
+    "Kept",
     "Location",
     "ModeMismatchError",
     "NoResidualError",
     "OptionError",
+    "PartBytes",
     "Plan",
     "Re2fxError",
     "Re2fxWarning",
     "Refusal",
     "ReplayError",
+    "Report",
     "Residual",
     "RewiredModule",
     "StreamError",
+    "Verification",
+    "VerificationError",
+    "diff",
     "emit",
     "explain",
+    "history",
     "record",
+    "report",
     "transform",
+    "verify",
 ]

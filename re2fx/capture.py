@@ -4,7 +4,8 @@ What plain ``symbolic_trace`` gets silently wrong is handled here: it bakes ``se
 functional calls (two graphs, one per mode), it loses the backward of a custom
 ``autograd.Function`` (its module stays a leaf), it takes the wrong branch at ``if mask is not
 None`` (arguments that are not given are fixed to their defaults, and checked at every call), and it
-leaves constants behind on the traced model (they are kept apart).
+leaves constants behind on the traced model (they are kept apart), it draws random numbers once and
+keeps them, and it changes a buffer once, while tracing (such modules stay leaves).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import linecache
 import operator
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import CaptureError, Re2fxWarning
+from .errors import CaptureError
 from .inputs import InputSpec
 from .ops import has_hooks
 
@@ -44,6 +45,7 @@ class Captured:
         inputs: how a call's arguments become the graphs' placeholders.
         constants: tensors made while tracing, which the graphs read by name.
         leaves: modules kept whole because tracing into them failed, with the reason.
+        hooks: modules whose hooks will not run because tracing went through them.
         route: how it was captured.
         failures: the routes that were tried before, and why they were not taken.
     """
@@ -53,6 +55,7 @@ class Captured:
     inputs: InputSpec
     constants: dict[str, Any]
     leaves: dict[str, str] = field(default_factory=dict)
+    hooks: tuple[str, ...] = ()
     route: str = "symbolic"
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -77,11 +80,11 @@ def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -
     for mode in (True, False):
         with mode_of(model, mode):
             graphs[mode] = _trace(model, inputs, leaves, failed, constants)
-    _warn_of_dissolved_hooks(model, graphs[True])
     called = {str(n.target) for g in graphs.values() for n in g.nodes if n.op == "call_module"}
     kinds = {path: type(model.get_submodule(path)) for path in sorted(called)}
     kept = {path: failed[kind] for path, kind in kinds.items() if kind in failed}
-    return Captured(graphs[True], graphs[False], inputs, constants, kept)
+    hooks = tuple(dissolved_hooks(model, graphs[True]))
+    return Captured(graphs[True], graphs[False], inputs, constants, kept, hooks)
 
 
 @contextmanager
@@ -125,6 +128,44 @@ class _Untraceable(Exception):
 
 class _CustomFunction(Exception):
     """A ``torch.autograd.Function`` met while tracing."""
+
+
+class _Effect(Exception):
+    """Something happened while tracing that should happen in every call."""
+
+
+class _NoEffects(TorchDispatchMode):
+    """While tracing, operations that run for real must neither draw nor write to the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        members = (*model.parameters(), *model.buffers())
+        self._storages = {tensor.untyped_storage()._cdata for tensor in members}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Effect("it draws random numbers, which tracing would draw once and for all")
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and self._is_member(value):
+                raise _Effect(
+                    "it changes one of the model's tensors in place, which tracing would do once "
+                    "and for all"
+                )
+        return func(*args, **(kwargs or {}))
+
+    def _is_member(self, value: Any) -> bool:
+        tensor = isinstance(value, torch.Tensor)
+        return tensor and value.untyped_storage()._cdata in self._storages
+
+
+def _python_generators() -> tuple[Any, ...]:
+    """The state of the generators that torch does not know."""
+    import random
+
+    numpy = sys.modules.get("numpy")
+    kind, keys, *rest = numpy.random.get_state() if numpy is not None else ("", b"")
+    return random.getstate(), kind, bytes(keys), *rest
 
 
 class Proxy(fx.Proxy):
@@ -187,8 +228,10 @@ class Tracer(fx.Tracer):
         """Trace, moving the constants that fx leaves on the model into ``constants``."""
         before = set(vars(model))
         try:
-            with _custom_functions_stop():
+            before_all = _python_generators()
+            with _custom_functions_stop(), _NoEffects(model):
                 graph = self.trace(model)
+            _check_generators(before_all)
         except _Untraceable:
             raise
         except Exception as error:
@@ -238,13 +281,23 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        before = _python_generators()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            _check_generators(before)
+            return result
         except _Untraceable:
             raise
         except Exception as error:
             path = self.path_of_module(m)
             raise _Untraceable(path, _reason(error), _line(error)) from error
+
+
+def _check_generators(before: tuple[Any, ...]) -> None:
+    if _python_generators() != before:
+        raise _Effect(
+            "it draws random numbers in Python, which tracing would draw once and for all"
+        )
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
@@ -314,22 +367,13 @@ def _explained(model: nn.Module, error: _Untraceable) -> CaptureError:
     )
 
 
-def _warn_of_dissolved_hooks(model: nn.Module, graph: fx.Graph) -> None:
-    """Name modules whose hooks will not run because tracing went through them."""
+def dissolved_hooks(model: nn.Module, graph: fx.Graph) -> Iterator[str]:
+    """Modules whose hooks will not run because tracing went through them."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    lost = []
     for path, module in model.named_modules():
         if not has_hooks(module):
             continue
         parts = path.split(".")
         parents = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
         if not parents & called:
-            lost.append(path or "the model itself")
-    if lost:
-        warnings.warn(
-            f"hooks registered on {', '.join(lost)} will not run in the transformed model: "
-            "tracing dissolved these modules into their operations. Register hooks on their "
-            "leaves, or pass leaves=[...] to keep a module whole.",
-            Re2fxWarning,
-            stacklevel=4,
-        )
+            yield path or "the model itself"

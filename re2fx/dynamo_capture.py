@@ -257,12 +257,21 @@ class Assembly:
             row: list[Size] = []
             for dim in range(example.dim()):
                 size = fake.shape[dim] if fake is not None else f"{name}.{dim}"
-                if isinstance(size, torch.SymInt):
-                    symbols[str(size)] = size
-                row.append(size if isinstance(size, int) else str(size))
+                known = settled(size)
+                if isinstance(known, str) and isinstance(size, torch.SymInt):
+                    symbols[known] = size
+                row.append(known)
             sizes.append(tuple(row))
         dtypes = tuple(example.dtype for example in self.examples)
         return Shapes(tuple(self.names), tuple(sizes), dtypes, tuple(guards(symbols)))
+
+
+def settled(size: Any) -> Size:
+    """A size as its name, or as the number that the forward fixed it to."""
+    if not isinstance(size, torch.SymInt):
+        return size if isinstance(size, int) else str(size)
+    expression = size.node.shape_env.simplify(size.node.expr)
+    return int(expression) if expression.is_number else str(expression)
 
 
 def guards(symbols: dict[str, torch.SymInt]) -> Iterator[str]:

@@ -41,5 +41,13 @@ class ReplayError(Re2fxError, RuntimeError):
     """Running a branch again did not do what its first run did."""
 
 
+class TargetError(Re2fxError, ValueError):
+    """A model or an input that was named on the command line cannot be made."""
+
+
+class VerificationError(Re2fxError):
+    """Reversible execution was compared with stored execution and did not do the same."""
+
+
 class Re2fxWarning(UserWarning):
     """Something the user should know, and can silence by this category."""

@@ -288,8 +288,10 @@ def thaw(frozen: Frozen) -> Graph:
 
     for op, name, target, args, kwargs, meta in frozen:
         given: Any = map_aggregate((args, kwargs), back)
-        nodes[name] = graph.create_node(op, target, *given, name=name)
+        arguments, keywords = given
+        nodes[name] = graph.create_node(op, target, arguments, keywords, name)
         nodes[name].meta = meta
+        assert nodes[name].name == name, "names are what plans and wirings speak of"
     return graph
 
 

@@ -78,7 +78,7 @@ class InputSpec:
             fixed = not isinstance(leaf, torch.Tensor)
             return _Slot(_name(path), leaf if fixed else None, fixed, not fixed)
 
-        arguments = _bind(owner, signature, *split(example_inputs))
+        arguments = bind(owner, signature, *split(example_inputs))
         return cls(owner, signature, pytree.tree_map_with_path(slot, arguments))
 
     def arguments(self, placeholder: Callable[[str], Any]) -> inspect.BoundArguments:
@@ -94,7 +94,7 @@ class InputSpec:
         Raises:
             InputError: a structure or a fixed value differs from what was captured.
         """
-        arguments = _bind(self.owner, self.signature, args, kwargs)
+        arguments = bind(self.owner, self.signature, args, kwargs)
         slots, structure = pytree.tree_flatten(self.tree)
         try:
             leaves = structure.flatten_up_to(arguments)
@@ -129,6 +129,7 @@ def _plain(signature: inspect.Signature) -> inspect.Signature:
 
 
 def split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tuple, a dict, or one argument."""
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     if isinstance(example_inputs, dict):
@@ -136,7 +137,7 @@ def split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def _bind(
+def bind(
     owner: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """All arguments by name, defaults applied."""

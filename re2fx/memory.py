@@ -50,7 +50,7 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> Saved:
         kept.append(tensor)
         return tensor
 
-    seen = {_key(t) for t in (*model.parameters(), *model.buffers())}
+    seen = {storage_key(t) for t in (*model.parameters(), *model.buffers())}
     with record() as calls, saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     chains = tuple(_count(call.kept(), seen) for call in calls)
@@ -71,16 +71,17 @@ def live_bytes(run: Callable[[], Any]) -> int:
     return int(total)
 
 
-def _count(tensors: Iterable[torch.Tensor], seen: set[tuple[str, int]]) -> int:
+def _count(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
     """Bytes of the storages not seen before; marks them as seen."""
     total = 0
     for tensor in tensors:
-        key = _key(tensor)
+        key = storage_key(tensor)
         if key not in seen:
             seen.add(key)
             total += tensor.untyped_storage().nbytes()
     return total
 
 
-def _key(tensor: torch.Tensor) -> tuple[str, int]:
-    return str(tensor.device), tensor.untyped_storage().data_ptr()
+def storage_key(tensor: torch.Tensor) -> int:
+    """Tells storages apart while they are alive, those of fake tensors too, which have no data."""
+    return int(tensor.untyped_storage()._cdata)

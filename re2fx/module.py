@@ -158,6 +158,10 @@ class RewiredModule(GraphModule):
         """Name and graph of each step of the rewiring, for the current mode."""
         return (*self._rewired[self.training].history, ("final", self.graph))
 
+    def is_made_of(self, model: object) -> bool:
+        """Whether this is the rewired form of that very module."""
+        return self._live._model is model
+
     @property
     def memory(self) -> Memory:
         """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them."""

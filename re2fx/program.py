@@ -101,7 +101,7 @@ class Program:
             return outputs
         if isinstance(step, Enter):
             starts = [values[slot] for slot in (step.start, step.before) if slot is not None]
-            calls[step.chain] = ChainCall(root, *starts)
+            calls[step.chain] = _make.get()(step.chain, root, *starts)
             return None
         call = calls[step.chain]
         if isinstance(step, Leave):
@@ -125,6 +125,15 @@ class Program:
 
 _recording: ContextVar[list[ChainCall] | None] = ContextVar("re2fx_recording", default=None)
 
+Make = Callable[..., ChainCall]
+
+
+def _usual(chain: int, root: Any, *starts: Any) -> ChainCall:
+    return ChainCall(root, *starts)
+
+
+_make: ContextVar[Make] = ContextVar("re2fx_make", default=_usual)
+
 
 def _note(call: ChainCall) -> None:
     calls = _recording.get()
@@ -134,7 +143,22 @@ def _note(call: ChainCall) -> None:
 
 def recording() -> bool:
     """Whether chain calls are being recorded in this context."""
-    return _recording.get() is not None
+    return _recording.get() is not None or _make.get() is not _usual
+
+
+@contextmanager
+def calls_made_by(make: Make) -> Iterator[None]:
+    """Let another kind of call run the chains inside the block, stored or reversible.
+
+    Args:
+        make: ``make(chain, root, start)``, or with the state before it as a fourth argument, gives
+            the call that runs the chain with that number.
+    """
+    token = _make.set(make)
+    try:
+        yield
+    finally:
+        _make.reset(token)
 
 
 @contextmanager

@@ -109,12 +109,16 @@ class Record:
 
 @dataclass
 class Walk:
-    """How far one backward has walked: the pair in front of record ``front``."""
+    """How far one backward has walked: the pair in front of record ``front``.
+
+    ``whole`` runs the first block's branch to its end too, for those who want its result.
+    """
 
     front: int
     current: torch.Tensor
     previous: torch.Tensor | None
     saved: dict[int, dict[int, tuple[torch.Tensor, int]]] = field(default_factory=dict)
+    whole: bool = False
 
 
 class ChainCall:
@@ -242,6 +246,39 @@ class ChainCall:
             assert walk.previous is not None, "only the first block has nothing before it"
             return walk.previous
 
+    def reconstructed(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The inputs of the blocks as a backward finds them, from the last block to the first.
+
+        Yields:
+            the block's place among `records`, and the detached stream state its branch is rerun
+            on; that of the last block is the stored one.
+        """
+        walk = self._start()
+        while True:
+            record, previous = self.records[walk.front - 1], walk.previous
+            if isinstance(record.frame, Reverse):
+                assert previous is not None, "nothing lies before the first block"
+                yield walk.front - 1, restrided(previous, record.strides)
+            if walk.front == 1:
+                return
+            with self._lock, torch.no_grad():
+                self._step_back(walk, collect=True)
+
+    def rerun(self, index: int, stream: torch.Tensor) -> torch.Tensor:
+        """Run the branch of one block again as a backward does, on a stream state of one's own.
+
+        Args:
+            index: the block's place among `records`.
+            stream: what the branch reads, of the shape and dtype it had in the forward.
+
+        Returns:
+            the branch's result, detached.
+        """
+        record = self.records[index]
+        with self._lock, torch.no_grad():
+            walk = Walk(index, stream, None, whole=True)
+            return self._rerun(walk, record, restrided(stream, record.strides), collect=True)
+
     def _start(self) -> Walk:
         if self.output is None:
             raise ReplayError(
@@ -307,13 +344,14 @@ class ChainCall:
                 result: torch.Tensor = frame.branch(self.root, stream, *sides)
                 return result
         collected: dict[int, tuple[torch.Tensor, int]] = {}
+        stop = walk.front == 0 and not walk.whole
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, nn.Parameter):
                 return tensor
             tensor = tensor.detach()
             collected[len(collected)] = (tensor, tensor._version)
-            if walk.front == 0 and len(collected) == len(record.saved):
+            if stop and len(collected) == len(record.saved):
                 raise _Enough
             return tensor
 

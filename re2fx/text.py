@@ -116,3 +116,13 @@ def shorten(names: Iterable[str], most: int = 4) -> str:
     names = list(names)
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def common_path(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The components that all paths begin with."""
+    paths = list(paths)
+    first, last = min(paths), max(paths)  # what these two share, those between them share too
+    for depth, (a, b) in enumerate(zip(first, last, strict=False)):
+        if a != b:
+            return first[:depth]
+    return first

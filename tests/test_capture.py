@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,6 +171,80 @@ def test_childless_modules_with_a_mode_stay_live() -> None:
     for block in model.blocks:
         block.noisy.eval()  # type: ignore[union-attr]
     assert not torch.allclose(rev(x), before)
+
+
+class Effect(nn.Module):
+    """A part whose forward does something that tracing would do once."""
+
+    steps: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.mix = kind, nn.Sequential(nn.Linear(4, 4))
+        self.register_buffer("steps", torch.zeros(1))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x)
+        if self.kind == "torch":
+            return x * torch.rand(4)
+        if self.kind == "own generator":
+            return x + torch.randn(4, generator=self.generator)
+        if self.kind == "python":
+            return x * random.random()
+        if self.kind == "numpy":
+            return x * float(numpy.random.rand())
+        if self.kind == "buffer":
+            self.steps += 1
+        if self.kind == "view of a buffer":
+            self.steps[0].mul_(2)
+        return x + self.steps
+
+
+def drawn() -> list[int]:
+    """The state of numpy's generator."""
+    state: Any = numpy.random.get_state()
+    numbers: list[int] = state[1].tolist()
+    return [*numbers, state[2]]
+
+
+KINDS = ["torch", "own generator", "python", "numpy", "buffer", "view of a buffer"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_effects_happen_in_every_call(kind: str) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.effect = Effect(kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.tanh(self.effect(x))
+            return out
+
+    model = Around()
+    states = torch.get_rng_state(), random.getstate(), drawn()
+    captured = capture(model)
+    again = torch.get_rng_state(), random.getstate(), drawn()
+    assert torch.equal(states[0], again[0])
+    assert list(captured.leaves) == ["effect"]
+    assert "once and for all" in captured.leaves["effect"]
+    if "python" != kind != "numpy":  # which have drawn by the time it is noticed
+        assert states[1:] == again[1:]
+    assert model.effect.steps == 0
+    with pytest.raises(re2fx.CaptureError, match="once and for all"):
+        capture(Effect(kind))
+
+
+def test_effects_that_are_in_the_graph_are_none() -> None:
+    class Drawing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.rand_like(x) + torch.rand(x.shape)
+            table = torch.zeros(4)
+            table[1:].add_(1)  # its own
+            return x * noise * table
+
+    assert not capture(Drawing()).leaves
 
 
 def test_hooks_that_would_be_lost_are_named() -> None:

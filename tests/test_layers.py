@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOORS = {"api", "backend", "emitted", "cli", "diff", "__init__"}
+DOORS = {"api", "backend", "emitted", "cli", "diff", "columns", "report", "__init__"}
 GROUND = sorted(p for p in (ROOT / "re2fx").glob("*.py"))
+DIFF = sorted((ROOT / "re2fx" / "diff").glob("*.py"))
 PASSES = sorted(p for p in (ROOT / "passes").glob("*.py") if p.name != "__init__.py")
 
 
 def imported(path: Path) -> set[str]:
     """Full names of the modules a file imports, relative ones resolved."""
-    package = ["re2fx"] if path.parent.name == "re2fx" else ["re2fx", "passes"]
+    package = ["re2fx"] if path.parent.name == "re2fx" else ["re2fx", path.parent.name]
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -51,6 +52,12 @@ def test_only_the_doors_import_passes(path: Path) -> None:
     assert not uses_passes or path.stem in DOORS
 
 
+@pytest.mark.parametrize("path", DIFF, ids=lambda p: p.stem)
+def test_diff_stands_on_the_ground(path: Path) -> None:
+    names = own_modules(imported(path), "re2fx")
+    assert not names & (DOORS - {"diff"}), "diff imports another door"
+
+
 @pytest.mark.parametrize("name", ["program", "runtime", "replay", "layout", "coupling"])
 def test_the_runtime_knows_no_fx(name: str) -> None:
     names = imported(ROOT / "re2fx" / f"{name}.py")
@@ -62,7 +69,8 @@ def test_the_runtime_knows_no_fx(name: str) -> None:
 def test_importing_re2fx_is_light() -> None:
     code = """
 import sys, re2fx
-print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+heavy = ("torch._dynamo", "torch._inductor", "rich", "matplotlib", "re2fx.diff.page")
+print([name for name in heavy if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
@@ -77,5 +85,5 @@ def test_passes_cannot_be_imported_twice() -> None:
 
 
 def test_every_file_says_what_it_is() -> None:
-    for path in (*GROUND, *PASSES):
+    for path in (*GROUND, *DIFF, *PASSES):
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -10,15 +10,28 @@ import pytest
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_examples_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
+    monkeypatch.chdir(tmp_path)
     source = tmp_path / "model.py"
     source.write_text("\n".join(blocks))
     exec(compile(source.read_text(), str(source), "exec"), {"__name__": "readme"})
     shown = capsys.readouterr().out
     (report,) = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
     assert re.sub(r"\.py:\d+", ".py", report) in re.sub(r"\.py:\d+", ".py", shown)
+
+
+def test_pictures_and_commands_exist() -> None:
+    from re2fx.cli import app
+
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (root / path).stat().st_size > 0
+    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert set(re.findall(r"^re2fx (\w+)", README, flags=re.MULTILINE)) <= known
 
 
 def test_every_refusal_rule_is_explained() -> None:

@@ -1,0 +1,5 @@
+"""``python -m re2fx``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,332 @@
+"""The command ``re2fx``: what the functions of the package say about a model named on a line.
+
+    re2fx explain torchvision:resnet50
+    re2fx diff timm:vit_base_patch16_224 --html diff.html
+    re2fx report torchvision:swin3d_t --input 1,3,16,112,112 --plot report.png
+    re2fx verify transformers:gpt2?n_layer=4
+    re2fx demo package.module:factory
+
+Exit codes: 0 all is well; 1 there is a finding (nothing to rewire, a verdict that is not ok); 2 the
+command cannot be carried out as written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import Re2fxError, Re2fxWarning
+
+FOUND, UNUSABLE = 1, 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rewire residual networks into reversible form, and see what that does to them.",
+    epilog="TARGET: torchvision:resnet50, timm:vit_base_patch16_224?depth=4, "
+    "transformers:gpt2?n_layer=4, package.module:factory?width=8",
+)
+
+
+class ReadoutName(str, Enum):
+    """Values of --readout."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+class ActivationName(str, Enum):
+    """Values of --activation."""
+
+    branch = "branch"
+    stream = "stream"
+
+
+TargetArg = Annotated[str, typer.Argument(help="The model, as SOURCE:NAME?option=value.")]
+InputOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", "-i", metavar="SIZES", help="2,3,224,224 or NAME=1,128:int64; once per input."
+    ),
+]
+CouplingOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--coupling",
+        metavar="NAME|A,B,C",
+        help="re2tal (default), consistent:B, momentum:G, dr2net:ALPHA,BETA, midpoint:B,H, "
+        "or the coefficients.",
+    ),
+]
+ReadoutOpt = Annotated[ReadoutName, typer.Option("--readout", help="How the streams become one.")]
+ActivationOpt = Annotated[
+    ActivationName,
+    typer.Option("--activation", help="Where an activation behind an addition goes."),
+]
+LeafOpt = Annotated[
+    list[str] | None, typer.Option("--leaf", metavar="PATH", help="A module to keep whole.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+HtmlOpt = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page that needs no network.")
+]
+PlotOpt = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture (.png or .svg).")
+]
+
+
+@app.command()
+def explain(
+    target: TargetArg,
+    input: InputOpt = None,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """List every skip-add: rewired, or refused and why, with its source line."""
+    from .api import explain as explain_model
+    from .targets import load
+
+    with working(f"tracing {target}"):
+        made = load(target, input or (), "meta")
+        result = explain_model(
+            made.model, made.inputs, activation=activation.value, leaves=tuple(leaf or ())
+        )
+    show(result, as_json)
+    raise typer.Exit(0 if result.plan.chains else FOUND)
+
+
+@app.command()
+def diff(
+    target: TargetArg,
+    other: Annotated[
+        str | None, typer.Argument(help="Compare with this model instead of the rewired one.")
+    ] = None,
+    input: InputOpt = None,
+    coupling: CouplingOpt = None,
+    readout: ReadoutOpt = ReadoutName.mean,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    as_json: JsonOpt = False,
+    html: HtmlOpt = None,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Let the page show every pass of the rewiring too.")
+    ] = False,
+    dot: Annotated[
+        Path | None, typer.Option("--dot", metavar="FILE", help="Write both graphs as DOT.")
+    ] = None,
+) -> None:
+    """Show what rewiring changes in a model's graph, or how two models differ."""
+    from .diff import diff as compare
+    from .diff import history
+    from .targets import load
+
+    with working(f"comparing {target}"):
+        made = load(target, input or (), "meta")
+        if other is not None:
+            after = load(other, input or (), "meta").model
+        else:
+            after = rewired(made, coupling, readout, activation, leaf)
+        result = compare(made.model, after, example_inputs=made.inputs)
+        if html is not None:
+            result.to_html(html, history(after) if steps and other is None else ())
+        if dot is not None:
+            dot.write_text(result.to_dot())
+    if (html is None and dot is None) or as_json:
+        show(result, as_json)
+    for path in filter(None, (html, dot)):
+        note(f"wrote {path}")
+
+
+@app.command()
+def report(
+    target: TargetArg,
+    input: InputOpt = None,
+    coupling: CouplingOpt = None,
+    readout: ReadoutOpt = ReadoutName.mean,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the model too, and compare.")
+    ] = False,
+    as_json: JsonOpt = False,
+    plot: PlotOpt = None,
+) -> None:
+    """Predict the bytes kept for the backward: now, checkpointed and rewired."""
+    from .report import report as report_on
+    from .targets import load
+
+    with working(f"counting bytes of {target}"):
+        made = load(target, input or (), "cpu" if measure else "meta")
+        result = report_on(
+            made.model,
+            made.inputs,
+            measure=measure,
+            coupling=read_coupling(coupling),
+            readout=readout.value,
+            activation=activation.value,
+            leaves=tuple(leaf or ()),
+        )
+        if plot is not None:
+            result.plot(plot)
+    show(result, as_json)
+    if plot is not None:
+        note(f"wrote {plot}")
+
+
+@app.command()
+def verify(
+    target: TargetArg,
+    input: InputOpt = None,
+    coupling: CouplingOpt = None,
+    readout: ReadoutOpt = ReadoutName.mean,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    as_json: JsonOpt = False,
+    plot: PlotOpt = None,
+) -> None:
+    """Compare reversible with stored execution: gradients, states, buffers, random numbers."""
+    from .targets import load
+    from .verify import verify as verify_model
+
+    with working(f"verifying {target}"):
+        made = load(target, input or ())
+        rev = rewired(made, coupling, readout, activation, leaf)
+        result = verify_model(rev, made.inputs)
+        if plot is not None:
+            result.plot(plot)
+    show(result, as_json)
+    if plot is not None:
+        note(f"wrote {plot}")
+    raise typer.Exit(0 if result.ok else FOUND)
+
+
+@app.command()
+def demo(
+    target: Annotated[
+        str, typer.Argument(help="The model, as SOURCE:NAME?option=value.")
+    ] = "torchvision:resnet18?num_classes=10",
+    input: InputOpt = None,
+    coupling: CouplingOpt = None,
+    readout: ReadoutOpt = ReadoutName.mean,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each.")] = 10,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train the model and its rewired form for a few steps on random data, and compare."""
+    from .demonstration import demonstrate
+    from .targets import load
+
+    with working(f"building {target}"):
+        made = load(target, input or ())
+        rev = rewired(made, coupling, readout, activation, leaf)
+    result = demonstrate(made.model, rev, made.inputs, steps, console())
+    show(result, as_json)
+
+
+def rewired(
+    made: Any,
+    coupling: str | None,
+    readout: ReadoutName,
+    activation: ActivationName,
+    leaf: list[str] | None,
+) -> Any:
+    """The target's rewired form; nothing to rewire is an error here."""
+    from .api import transform
+
+    return transform(
+        made.model,
+        made.inputs,
+        coupling=read_coupling(coupling),
+        readout=readout.value,
+        activation=activation.value,
+        leaves=tuple(leaf or ()),
+        strict=True,
+    )
+
+
+def read_coupling(text: str | None) -> Any:
+    """A coupling by the name of its constructor, or by its coefficients."""
+    from .coupling import Coupling
+
+    if text is None:
+        return None
+    makers: dict[str, Callable[..., Any]] = {
+        name: getattr(Coupling, name)
+        for name in ("re2tal", "consistent", "midpoint", "momentum", "dr2net")
+    }
+    name, _, numbers = text.partition(":")
+    try:
+        if name in makers:
+            return makers[name](*map(float, filter(None, numbers.split(","))))
+        return Coupling(*map(float, text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{text!r}; write {', '.join(makers)} with its numbers, such as consistent:0.5, "
+            "or three coefficients, such as 0,1,1",
+            param_hint="--coupling",
+        ) from error
+
+
+def console() -> Console:
+    """For progress and notes: standard error, so that standard output can be piped."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something goes on."""
+    with console().status(what):
+        yield
+
+
+def note(text: str) -> None:
+    """Say something beside the result."""
+    console().print(text, highlight=False)
+
+
+def show(result: Any, as_json: bool) -> None:
+    """Print a result for a person, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    elif hasattr(result, "__rich__"):
+        Console().print(result, highlight=False)
+    else:
+        typer.echo(result.text(color=sys.stdout.isatty()))
+
+
+def main() -> None:
+    """Run the command; errors of re2fx are messages, not tracebacks."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def shown(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, Re2fxWarning):
+                note(f"warning: {message}")
+            else:
+                plain(message, category, *place, **more)
+
+        warnings.showwarning = shown
+        try:
+            app()
+        except Re2fxError as error:
+            console().print(f"[bold red]error:[/] {type(error).__name__}:", end=" ")
+            console().print(str(error), markup=False, highlight=False)
+            sys.exit(UNUSABLE)
+
+
+if __name__ == "__main__":
+    main()

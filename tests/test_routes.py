@@ -1,0 +1,340 @@
+"""Two ways to a graph behind one door."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import re2fx
+from re2fx.outputs import OutputSpec, build
+
+from .compare import assert_reversible_equals_store
+from .models import Net
+
+X = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+@dataclasses.dataclass
+class Output:
+    """What a model of one's own may return."""
+
+    logits: Tensor
+    sizes: tuple[int, str]
+    hidden: list[Tensor] | None = None
+
+
+class Branching(nn.Module):
+    """Control flow on sizes and optional arguments: no symbolic tracing."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__()
+        self.net = Net(depth)
+        self.config = {"depth": depth}
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, wide: bool = False) -> Output:
+        if x.shape[1] > 100:
+            x = x.mean(1, keepdim=True)
+        x = x.reshape(len(x) * x.shape[1], -1).reshape(x.shape)
+        if mask is not None:
+            x = x * mask
+        x = self.net.stem(x)
+        for block in self.net.blocks:
+            x = block(x)
+        positions = torch.arange(x.shape[1], device=x.device).to(x.dtype)
+        return Output(self.net.head(x) + positions[:, None], (7, "b"), [x, x] if wide else None)
+
+    def helper(self) -> Tensor:
+        """Beside forward; calls it through self."""
+        return self(X).logits
+
+
+def model() -> Branching:
+    torch.manual_seed(0)
+    return Branching().double().train()
+
+
+def test_auto_takes_the_route_that_goes_through() -> None:
+    given = model()
+    with pytest.raises(re2fx.CaptureError, match=r"Or pass example_inputs=, and Dynamo is tried"):
+        re2fx.transform(given)
+    rev = re2fx.transform(given, X)
+    assert isinstance(rev, re2fx.RewiredModule)
+    assert [len(chain) for chain in rev.plan.chains] == [4]
+    reference = re2fx.transform(given.net)
+    got = rev(X)
+    assert isinstance(got, Output)
+    assert (got.sizes, got.hidden) == ((7, "b"), None)
+    positions = torch.arange(5, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(got.logits, reference(X) + positions, rtol=0, atol=1e-12)
+
+
+def test_symbolic_tracing_goes_first_where_it_loses_nothing() -> None:
+    rev = re2fx.transform(Net(), torch.randn(3, 4))
+    assert any(node.op == "call_module" for node in rev.graph.nodes)  # type: ignore[union-attr]
+
+
+def test_both_routes_make_the_same_network() -> None:
+    torch.manual_seed(0)
+    net = Net(5, dropout=0.0).double()
+    x = X.requires_grad_(False)
+    symbolic = re2fx.transform(net, x, capture="symbolic")
+    dynamo = re2fx.transform(net, x, capture="dynamo")
+    assert symbolic.plan.signature() == dynamo.plan.signature()  # type: ignore[union-attr]
+    torch.testing.assert_close(symbolic(x), dynamo(x), rtol=0, atol=1e-12)
+    assert_reversible_equals_store(dynamo, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4), (5, 2, 4), (8, 30, 4)])
+def test_sizes_may_vary(shape: tuple[int, ...]) -> None:
+    given = model()
+    rev, reference = re2fx.transform(given, X), re2fx.transform(given.net)
+    x = torch.randn(shape, dtype=torch.float64)
+    positions = torch.arange(shape[1], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(rev(x).logits, reference(x) + positions, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 120, 4).double(), "may take another path there"),
+        (torch.randn(2, 1, 4).double(), "sizes below 2"),
+        (torch.randn(2, 5, 6).double(), "dimension 2 of x of size 4, and called with"),
+        (torch.randn(2, 5, 4), "torch.float64, and called with .* of torch.float32"),
+        (torch.randn(5, 4).double(), "3 dimensions"),
+    ],
+)
+def test_other_sizes_are_refused(x: Tensor, message: str) -> None:
+    rev = re2fx.transform(model(), X)
+    with pytest.raises(re2fx.InputError, match=message):
+        rev(x)
+
+
+def test_optional_arguments_are_those_of_the_example() -> None:
+    given, mask = model(), torch.ones(3, 5, 4).double()
+    rev = re2fx.transform(given, {"x": X, "mask": mask, "wide": True})
+    got = rev(X, mask=mask, wide=True)
+    assert got.hidden[0] is got.hidden[1]
+    plain = re2fx.transform(given, X)
+    torch.testing.assert_close(got.logits, plain(X).logits)
+    with pytest.raises(re2fx.InputError, match="mask"):
+        plain(X, mask=mask)
+
+
+def test_one_tensor_twice_is_two_inputs() -> None:
+    class Two(Branching):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            if x.shape[0] > 100:
+                return x
+            out: Tensor = self.net(x + 2 * y)
+            return out
+
+    rev = re2fx.transform(Two().double(), (X, X))
+    x, y = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(rev(x, y), rev(x + 2 * y, torch.zeros_like(y)))
+
+
+def test_the_result_is_of_the_models_class_and_has_what_it_has() -> None:
+    given = model()
+    rev = re2fx.transform(given, X)
+    assert isinstance(rev, Branching)
+    assert rev.config is given.config
+    torch.testing.assert_close(rev.helper(), rev(X).logits)
+    assert not torch.allclose(rev.helper(), given.helper())
+    with pytest.raises(AttributeError, match="nothing"):
+        rev.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients(training: bool) -> None:
+    given = model()
+    rev = re2fx.transform(given, X).train(training)
+    gradients = {}
+    for rev.memory in ("store", "reversible"):
+        rev.zero_grad()
+        rev(X).logits.square().mean().backward()
+        gradients[rev.memory] = {n: p.grad.clone() for n, p in given.named_parameters()}
+    torch.testing.assert_close(gradients["reversible"], gradients["store"], rtol=1e-10, atol=1e-14)
+
+
+def through_pickle(module: nn.Module) -> nn.Module:
+    restored: nn.Module = pickle.loads(pickle.dumps(module))
+    return restored
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
+def test_copies(copied: Any) -> None:
+    rev = re2fx.transform(model(), X)
+    other = copied(rev)
+    assert isinstance(other, Branching)
+    torch.testing.assert_close(other(X).logits, rev(X).logits, rtol=0, atol=0)
+    assert other.state_dict().keys() == rev.state_dict().keys()
+
+
+def test_a_deep_graph_is_pickled() -> None:
+    rev = re2fx.transform(Net(depth=300))
+    assert len(through_pickle(rev).graph.nodes) == len(rev.graph.nodes)  # type: ignore[union-attr,arg-type]
+
+
+class Scale(torch.autograd.Function):
+    """Its gradient is not that of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 5 * grads[0]
+
+
+class Custom(nn.Module):
+    """A residual inside a part whose custom function stops symbolic tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixes = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mix in self.mixes:
+            x = x + torch.tanh(Scale.apply(mix(x)))
+        return x
+
+
+def test_a_custom_backward_is_kept() -> None:
+    given = nn.Sequential(Custom()).double()
+    rev = re2fx.transform(given, X)
+    assert isinstance(rev, re2fx.RewiredModule)
+    assert [len(chain) for chain in rev.plan.chains] == [3]
+    stored = re2fx.transform(
+        nn.Sequential(*[Residual(mix) for mix in given[0].mixes]),
+        X,  # type: ignore[arg-type,union-attr]
+    )
+    for module in (rev, stored):
+        given.zero_grad()
+        module(X).square().mean().backward()
+        gradients = [p.grad.clone() for p in given.parameters() if p.grad is not None]
+        if module is rev:
+            first = gradients
+    torch.testing.assert_close(first, gradients, rtol=1e-10, atol=1e-14)
+
+
+class Part(nn.Module):
+    """A branch with the custom function, kept whole by symbolic tracing."""
+
+    def __init__(self, mix: nn.Module) -> None:
+        super().__init__()
+        self.mix = mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(Scale.apply(self.mix(x)))
+        return out
+
+
+class Residual(nn.Module):
+    def __init__(self, mix: nn.Module) -> None:
+        super().__init__()
+        self.part = Part(mix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.part(x)
+        return out
+
+
+def test_hooks_are_captured_where_tracing_would_lose_them() -> None:
+    def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return 2 * out
+
+    given = Net(3).double()
+    given.blocks[1].register_forward_hook(double)
+    rev = re2fx.transform(given, X)
+    given.blocks[1]._forward_hooks.clear()
+    plain = re2fx.transform(given, X)
+    assert not torch.allclose(rev(X), plain(X))
+    given.blocks[1].register_forward_hook(double)
+    with pytest.warns(re2fx.Re2fxWarning, match=r"hooks registered on blocks\.1 will not run"):
+        re2fx.transform(given)
+
+
+def test_a_forward_that_assigns_to_the_model_is_no_case_for_dynamo() -> None:
+    class Assigning(Branching):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            if x.shape[0] > 100:
+                return x
+            self.last = self.net(x)
+            return self.last
+
+    given = Assigning().double()
+    with pytest.raises(re2fx.CaptureError, match=r"assigns tensors to Assigning\.last"):
+        re2fx.transform(given, X)
+    assert "last" not in vars(given)
+
+
+def test_the_error_of_all_routes_names_the_lines() -> None:
+    class Values(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(re2fx.CaptureError) as caught:
+        re2fx.transform(Values(), X)
+    text = str(caught.value)
+    assert "cannot be captured by any route" in text
+    symbolic, dynamo = text.split("\n  dynamo: ")
+    assert f"{__file__}:" in symbolic
+    assert "test_routes.py" in dynamo
+
+
+def test_an_unknown_route() -> None:
+    with pytest.raises(re2fx.OptionError, match="capture='trace': expected one of 'auto'"):
+        re2fx.transform(Net(), capture="trace")
+
+
+def test_nothing_of_the_users_is_touched() -> None:
+    given = model()
+    given.net.blocks[0].eval()
+    flags = [m.training for m in given.modules()]
+    state = torch.get_rng_state()
+    settings = torch._dynamo.config.specialize_float
+    re2fx.transform(given, X)
+    assert [m.training for m in given.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch._dynamo.config.specialize_float == settings
+    assert X._version == 0
+    assert not vars(X)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a, b: a,
+        lambda a, b: (a, [b, None], {"k": a}),
+        lambda a, b: Pair(a, b),
+        lambda a, b: Output(a, (1, "s"), [b]),
+        lambda a, b: {"o": Output(a, (1, "s"), None), "n": 3},
+    ],
+)
+def test_outputs(make: Any) -> None:
+    a, b, c, d = (torch.zeros(1) for _ in range(4))
+    got = build(OutputSpec.of(make(a, b), [a, b]), [c, d])
+    wanted = make(c, d)
+    assert type(got) is type(wanted)
+    assert repr(got) == repr(wanted)
+    leaves: list[Any] = []
+    from re2fx.outputs import replaced
+
+    replaced(got, leaves.append)
+    assert any(leaf is c for leaf in leaves)
+    assert not any(leaf is a for leaf in leaves)
