@@ -21,6 +21,7 @@ from .origin import Origin
 from .plan import Plan
 
 REWIRE = "rewire first: torch.compile(re2fx.transform(model), backend='re2fx')"
+CHOSEN = ("leaf", "not selected")  # the user's word, in this piece and in every other
 
 
 def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
@@ -37,7 +38,7 @@ def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
     if not origin.partial:
         return
     adds = [flow.by_name[r.add] for chain in plan.chains for r in chain.residuals]
-    refused = [r for r in plan.refusals if r.rule != "leaf"]
+    refused = [r for r in plan.refusals if r.rule not in CHOSEN]
     halves = [flow.by_name[miss.node] for miss in plan.misses if miss.rule == "two sources"]
     halves = [add for add in halves if is_activation_sum(add)]
     if origin.before is not None or origin.ddp:
