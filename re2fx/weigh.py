@@ -33,6 +33,7 @@ from .plan import Chain, Plan, Weight
 from .program import Leave, record
 from .tally import Place, Tally, Walker, mark_places
 
+NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 Values = Callable[[Fakes], list[Any]]  # of the graph's placeholders, fake
 
 
@@ -96,7 +97,7 @@ class Weigher:
         with predicting(fakes, self._name), plain_precision(twin):
             tally = Tally(twin, values)
             with tally.watching():
-                Walker(live, graph, tally).run(*values)
+                Hinted(live, graph, tally).run(*values)
             stored = by_chain(tally)
             kept = self._reversible(Flow(graph, self._root), plan, twin, live, values)
         return [Weight(stored[number], kept[number]) for number in range(len(plan.chains))]
@@ -110,7 +111,7 @@ class Weigher:
         tally = Tally(twin, values)
 
         def interpreted(part: Graph, name: str) -> Callable[..., Any]:
-            return lambda root, *inputs: Walker(root, part, tally).run(*inputs)
+            return lambda root, *inputs: Hinted(root, part, tally).run(*inputs)
 
         program = outline(graph, self._root, wirings, interpreted)
         order = [step.chain for step in program.steps if isinstance(step, Leave)]
@@ -119,6 +120,21 @@ class Weigher:
         for number, call in zip(order, calls, strict=True):
             tally.keep_first(call.kept(), Place("chain", chain=number))
         return by_chain(tally)
+
+
+class Hinted(Walker):
+    """A walker that takes numbers in a graph from Dynamo for what they are this time.
+
+    Besides sizes those are Python's floats: with ``dynamic=True`` Dynamo makes tensors of them and
+    asks for their values in the graph.
+    """
+
+    def run_node(self, n: Node) -> Any:
+        """Run a node, or say the number it stands for."""
+        value = n.meta.get("example_value")
+        if n.op != "placeholder" and isinstance(value, NUMBERS):
+            return hint(value)
+        return super().run_node(n)
 
 
 def weigh_model(
@@ -163,7 +179,7 @@ def static(value: Any, fakes: Fakes) -> Any:
 
 def hint(value: Any) -> Any:
     """The number behind a symbolic one, without a guard on it."""
-    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if not isinstance(value, NUMBERS):
         return value
     number = value.node.hint
     if number is None:
