@@ -19,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import re2fx
 from re2fx import OptionError, Plan, Residual
-from re2fx.api import make_plan
+from re2fx.api import make_plan, weigher
 from re2fx.capture import capture
 from re2fx.errors import ChainCutError, ModeMismatchError
 from re2fx.graph import Flow
@@ -77,6 +77,8 @@ class Nest(nn.Module):
     With ``pooled`` the outer stream is wide and nothing keeps it for the backward, while what the
     inner chains keep is small.
     """
+
+    stem: nn.Module
 
     def __init__(self, pooled: bool, outer: int = 2, inner: int = 3, width: int = 8) -> None:
         super().__init__()
@@ -158,8 +160,13 @@ def test_a_chain_splits_at_what_is_not_selected() -> None:
 
 def test_the_function_is_asked_about_what_explain_shows() -> None:
     asked: list[Residual] = []
+
+    def note(residual: Residual) -> bool:
+        asked.append(residual)
+        return True
+
     model = net(dropout=0.1)
-    plan = re2fx.explain(model, select=lambda residual: asked.append(residual) or True).plan
+    plan = re2fx.explain(model, select=note).plan
     assert asked == list(plan.chains[0].residuals)
 
 
@@ -323,7 +330,7 @@ def test_shapes_are_enough() -> None:
 def test_min_saving_needs_shapes(example_inputs: Any) -> None:
     for door in (re2fx.transform, re2fx.explain):
         with pytest.raises(OptionError, match=r"min_saving=1: .*Pass example_inputs= .*'meta'"):
-            door(net(), example_inputs, min_saving=1)  # type: ignore[operator]
+            door(net(), example_inputs, min_saving=1)
 
 
 class Untold(nn.Module):
@@ -510,24 +517,80 @@ def test_weighing_leaves_everything_as_it_is() -> None:
     assert x.grad is None
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_what_changes_from_step_to_step_changes_no_plan(pooled: bool) -> None:
-    model = seeded(Nest, pooled)
-    wanted = re2fx.explain(model, LONG).plan
-    weights = [c.weight for c in wanted.chains]
+class Bent(nn.Module):
+    """Its branch keeps a value more if its input needs a gradient."""
 
-    def same(x: Tensor = LONG) -> None:
-        plan = re2fx.explain(model, x).plan
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value: Tensor = x + self.layer(torch.sin(torch.cos(x)))
+        return value
+
+
+STEPS: dict[str, tuple[Any, Tensor, dict[str, Any]]] = {
+    "outer": (lambda: seeded(Nest, pooled=False), LONG, {}),
+    "inner": (lambda: seeded(Nest, pooled=True), LONG, {}),
+    "the input is the stream": (
+        lambda: nn.Sequential(Bent(), Bent(), nn.Dropout(0.1), Bent(), Bent()),
+        LONG.float(),
+        {"min_saving": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_changes_from_step_to_step_changes_no_plan(name: str) -> None:
+    build, x, options = STEPS[name]
+    model = build()
+    wanted = re2fx.explain(model, x, **options).plan
+    weights = [c.weight for c in wanted.chains]
+    assert None not in weights
+
+    def same(x: Tensor = x) -> None:
+        plan = re2fx.explain(model, x, **options).plan
         assert plan == wanted
         assert [c.weight for c in plan.chains] == weights
 
-    same(LONG.clone().requires_grad_())
+    same(x.clone().requires_grad_())
     with torch.no_grad():
         same()
     with torch.autocast("cpu", torch.bfloat16):
         same()
     model.eval().requires_grad_(False)
     same()
+
+
+class Noisy(Around):
+    """In train mode its branch keeps the whole stream, in eval mode next to nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.out(self.blocks(x.mean(1, keepdim=True)))
+        if self.training:
+            h = torch.sin(h * torch.rand_like(x))
+        return x + h
+
+
+def test_eval_mode_is_rewired_as_train_mode_is() -> None:
+    """Weighed by itself its graph would be rewired inside."""
+    model = seeded(Nest, pooled=True)
+    model.outer = nn.Sequential(*[Noisy(8, 3, pooled=True) for _ in range(2)]).double()
+    captured = capture(model, LONG)
+    alone = weigher(model, LONG, captured, "branch")
+    assert shape(make_plan(captured.eval, model, weigh=alone)[1])[0] == [3, 3]
+    rev = rewired(model, LONG)
+    assert [len(c) for c in rev.plan.chains] == [2]
+    weights = [c.weight for c in rev.plan.chains]
+    assert [c.weight for c in rev.eval().plan.chains] == weights
+    assert kept(rev.train(), LONG) < kept(rewired(model, select=INNER), LONG)
+    assert_reversible_equals_store(rev, LONG)
+
+
+def test_the_report_says_the_same() -> None:
+    model = net(dropout=0.1)
+    (row,) = re2fx.report(model, LONG).chains
+    assert weight(model, LONG) == Weight(row.kept.store, row.kept.reversible or 0)
 
 
 def test_a_rewired_module_knows_nothing_of_the_policy() -> None:
