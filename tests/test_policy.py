@@ -591,6 +591,7 @@ def test_the_report_says_the_same() -> None:
     model = net(dropout=0.1)
     (row,) = re2fx.report(model, LONG).chains
     assert weight(model, LONG) == Weight(row.kept.store, row.kept.reversible or 0)
+    assert [c.residuals for c in re2fx.report(seeded(Nest, pooled=True), LONG).chains] == [3, 3]
 
 
 def test_a_rewired_module_knows_nothing_of_the_policy() -> None:
