@@ -3,94 +3,73 @@
     x0 --(+)-- x1 --(+)-- relu -- x2 --permute-- x2' --(+)-- x3 ...
 
 Between two residuals may stand one activation (post-activation networks), a multiplication by a
-constant, and shape-only operations that can be undone. Chains are taken outermost first; what lies
-inside the branch of a rewired residual stays inside it. Fills the plan; changes no graph.
+constant, and shape-only operations that can be undone. What the user did not select is left out
+first. What lies inside the branch of a rewired residual stays inside it; `re2fx.choice` says which
+of nested chains that is. Fills the plan; changes no graph.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch.fx import Node
 
 from re2fx import ops
+from re2fx.choice import Refuser, Weigh, choose
 from re2fx.graph import Flow
-from re2fx.match import Detection, Match, refuse
-from re2fx.plan import Chain, Plan, Refusal, Residual
+from re2fx.match import Detection, Match, Run, Tail, refuse
+from re2fx.plan import Chain, Plan, Refusal, Residual, Weight
+from re2fx.policy import Policy
+
+ALL = Policy()
 
 
-@dataclass(frozen=True)
-class Tail:
-    """What stands between an addition and the next residual's skip.
-
-    Attributes:
-        value: the last node of the tail, the next stream value.
-        activation: the activation behind the addition.
-        scaling: the multiplication by a constant behind the addition.
-        links: shape-only operations, in order.
-    """
-
-    value: Node
-    activation: Node | None = None
-    scaling: Node | None = None
-    links: tuple[Node, ...] = ()
-
-    @property
-    def output(self) -> Node | None:
-        """What the residual itself ends with, links left out; None for the bare addition."""
-        return self.activation or self.scaling
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive matches, and the tail behind each."""
-
-    matches: tuple[Match, ...]
-    tails: tuple[Tail, ...]
-
-    def nodes(self) -> Iterator[Node]:
-        """Everything that belongs to the run, its entry left out."""
-        for match, tail in zip(self.matches, self.tails, strict=True):
-            yield from (*match.region, *match.passengers, *match.dropped, match.add, *tail.links)
-            if tail.output is not None:
-                yield tail.output
-
-    def span(self, flow: Flow) -> int:
-        """Length in lines of the program."""
-        first, last = self.matches[0].skip.value, self.matches[-1].add
-        return flow.position[last] - flow.position[first]
-
-
-def chain(flow: Flow, detection: Detection, activation: str = "branch") -> Plan:
+def chain(
+    flow: Flow,
+    detection: Detection,
+    activation: str = "branch",
+    policy: Policy = ALL,
+    weigh: Weigh | None = None,
+) -> Plan:
     """Make the plan.
 
     Args:
         flow: the dataflow of the normalised graph.
         detection: what was found in it.
         activation: ``"branch"`` or ``"stream"``, where the activation behind an addition goes.
+        policy: what is rewired of that which can be.
+        weigh: predicts what chains keep; None if shapes are unknown.
     """
-    owner: dict[Node, Match] = {}
-    accepted: list[Run] = []
-    refused: list[Refusal] = list(detection.refusals)
-    runs = group(flow, detection.matches, activation)
-    for run in sorted(runs, key=lambda run: -run.span(flow)):
-        nodes = list(run.nodes())
-        clash = next((node for node in nodes if node in owner), None)
-        if clash is not None:
-            refused += [nested(flow, match, owner) for match in run.matches]
-        elif len(run.matches) == 1:
-            refused.append(single(flow, run.matches[0], detection))
-        else:
-            accepted.append(run)
-            for match, tail in zip(run.matches, run.tails, strict=True):
-                owned = Run((match,), (tail,)).nodes()
-                owner.update(dict.fromkeys(owned, match))
-    accepted.sort(key=lambda run: flow.position[run.matches[0].add])
+
+    def weigh_runs(runs: Sequence[Run]) -> Sequence[Weight]:
+        assert weigh is not None, "handed on only if there is one"
+        return weigh(flow, [describe(flow, run) for run in runs])
+
+    runs, unselected = select(flow, detection, activation, policy)
+    choice = choose(flow, runs, policy, weigh_runs if weigh else None)
+    others = Refuser(flow, detection, policy, choice).refusals(runs)
+    refused = [*detection.refusals, *unselected, *others]
     refused.sort(key=lambda refusal: flow.position[flow.by_name[refusal.node]])
-    chains = tuple(describe(flow, run) for run in accepted)
-    return Plan(chains, tuple(refused), tuple(detection.misses))
+    chains = (replace(describe(flow, r), weight=choice.weights.get(r)) for r in choice.accepted)
+    return Plan(tuple(chains), tuple(refused), tuple(detection.misses))
+
+
+def select(
+    flow: Flow, detection: Detection, activation: str, policy: Policy
+) -> tuple[list[Run], list[Refusal]]:
+    """The runs of what the user selects, and a refusal for each other match."""
+    runs = group(flow, detection.matches, activation)
+    if policy.select is None:
+        return runs, []
+    refusals: dict[Node, Refusal] = {}
+    for match, tail in (part for run in runs for part in run.parts()):
+        reason = policy.deselects(describe_residual(flow, match, tail))
+        if reason is not None:
+            refusals[match.add] = refuse(flow, match.add, "not selected", reason)
+    kept = [match for match in detection.matches if match.add not in refusals]
+    return group(flow, kept, activation), list(refusals.values())
 
 
 def group(flow: Flow, matches: list[Match], activation: str) -> list[Run]:
@@ -187,51 +166,6 @@ def linked(flow: Flow, tail: Tail) -> Iterator[Tail]:
             longer = Tail(user, tail.activation, tail.scaling, (*tail.links, user))
             yield longer
             yield from linked(flow, longer)
-
-
-def nested(flow: Flow, match: Match, owner: dict[Node, Match]) -> Refusal:
-    """Refuse what overlaps a chain that was taken first."""
-    outer = owner.get(match.add)
-    if outer is not None:
-        where = flow.location(outer.add)
-        return refuse(
-            flow,
-            match.add,
-            "nested",
-            f"it lies inside the branch of {outer.add.name} ({where}), which is rewired as a whole",
-        )
-    inner = next(owner[node] for node in match.region if node in owner)
-    return refuse(
-        flow,
-        match.add,
-        "nested",
-        f"a chain with {inner.add.name} ({flow.location(inner.add)}) inside its branch is rewired",
-    )
-
-
-def single(flow: Flow, match: Match, detection: Detection) -> Refusal:
-    """Refuse a chain of one, and say what ends it."""
-    adds = {other.add for other in detection.matches}
-    skips = {other.skip.value for other in detection.matches}
-    readers = [user for user in flow.users(match.add) if not flow.is_shape(user)]
-    norm_behind = [n for n in readers if ops.is_norm(n, flow.root) and n in skips]
-    skip = match.skip.value
-    norm_before = ops.is_norm(skip, flow.root) and any(n in adds for n in flow.inputs(skip))
-    if norm_behind or norm_before:
-        norm = norm_behind[0] if norm_behind else skip
-        return refuse(
-            flow,
-            match.add,
-            "post-norm",
-            f"the stream passes through the norm {norm.name}, which cannot be inverted",
-        )
-    names = ", ".join(reader.name for reader in readers[:3]) or "the output"
-    return refuse(
-        flow,
-        match.add,
-        "chain of one",
-        f"no other residual continues its stream (next: {names}), so rewiring would save nothing",
-    )
 
 
 def describe(flow: Flow, run: Run) -> Chain:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch.fx import Graph
 
 from . import routes
 from .capture import Captured, Leaves
+from .choice import Weigh
 from .coupling import READOUTS, Coupling, Readout
 from .errors import (
     ModeMismatchError,
@@ -29,7 +30,9 @@ from .passes.normalize import normalize
 from .passes.outline import outline
 from .passes.rewire import rewire
 from .plan import Plan
+from .policy import Policy, Select, has_tensors
 from .text import count
+from .weigh import weigh_model
 
 ACTIVATIONS = ("branch", "stream")
 
@@ -42,6 +45,7 @@ class Options:
     readout: Readout
     activation: str
     memory: Memory
+    policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
         if not isinstance(self.coupling, Coupling):
@@ -73,6 +77,9 @@ def transform(
     leaves: Leaves = (),
     capture: str = "auto",
     strict: bool = False,
+    select: Select | None = None,
+    min_chain: int = 2,
+    min_saving: int | float | None = None,
 ) -> nn.Module:
     """Rewire a residual network so that its activations can be reconstructed instead of stored.
 
@@ -80,8 +87,9 @@ def transform(
         model: any module whose forward can be traced; it is not changed, and the result shares its
             parameters, buffers and submodules.
         example_inputs: a tuple of positional arguments, a dict of keyword arguments, or one
-            argument; needed for inputs that are lists, tuples or dicts of tensors and for optional
-            arguments that will be given.
+            argument; needed for inputs that are lists, tuples or dicts of tensors, for optional
+            arguments that will be given, and where bytes decide: for ``min_saving``, and to choose
+            between chains that lie inside one another. Only structure and shapes are used.
         coupling: how the two streams combine; `Coupling.re2tal` by default.
         readout: ``"mean"`` of the two streams (Re2TAL's), or ``"sum"``, which keeps the full
             update.
@@ -91,6 +99,13 @@ def transform(
         capture: how the model becomes a graph: ``"symbolic"``, ``"dynamo"``, or ``"auto"`` for the
             one that loses least; see `re2fx.routes`.
         strict: raise instead of warn when nothing can be rewired.
+        select: which residuals may be rewired: a function of a `Residual` that says whether, or a
+            pattern of module paths as in `fnmatch`, or several, of which those with ``!`` in front
+            exclude. A chain ends at a residual that is not selected.
+        min_chain: number of residuals, at least 2, from which on a chain is rewired.
+        min_saving: what a chain must save to be rewired: bytes, as a whole number, or a fraction
+            of what it keeps for the backward; predicted for ``example_inputs`` as if every
+            parameter were trained.
 
     Returns:
         a `torch.fx.GraphModule` that computes the rewired network, or ``model`` itself, with a
@@ -105,10 +120,13 @@ def transform(
     """
     if isinstance(model, RewiredModule):
         raise OptionError(f"{type(model).__name__} is rewired already")
-    options = Options(coupling or Coupling.re2tal(), readout, activation, memory)
-    captured = capture_model(model, example_inputs, options.activation, leaves, capture)
-    train = rewire_graph(captured.train, model, options, leaves)
-    eval_ = rewire_graph(captured.eval, model, options, leaves)
+    policy = Policy(select, min_chain, min_saving)
+    options = Options(coupling or Coupling.re2tal(), readout, activation, memory, policy)
+    policy.check_shapes(example_inputs)
+    captured = capture_model(model, example_inputs, activation, leaves, capture)
+    weigh = weigher(model, example_inputs, captured, activation)
+    train = rewire_graph(captured.train, model, options, leaves, weigh=weigh)
+    eval_ = rewire_graph(captured.eval, model, options, leaves, weigh=weigh)
     agree(type(model).__name__, train.plan, eval_.plan)
     if not train.plan.chains:
         nothing_rewired(model, train.plan, captured, strict)
@@ -130,15 +148,45 @@ def capture_model(
     return routes.capture(model, example_inputs, leaves, route, found)
 
 
+def weigher(
+    model: nn.Module, example_inputs: Any, captured: Captured, activation: str
+) -> Weigh | None:
+    """What predicts the bytes that a model's chains keep; None without shapes."""
+    if not has_tensors(example_inputs):
+        return None
+    return weigh_model(model, example_inputs, captured.inputs, captured.constants, activation)
+
+
 def make_plan(
-    graph: Graph, model: nn.Module, activation: str = "branch", leaves: Leaves = ()
+    graph: Graph,
+    model: nn.Module,
+    activation: str = "branch",
+    leaves: Leaves = (),
+    policy: Policy | None = None,
+    weigh: Weigh | None = None,
 ) -> tuple[Flow, Plan]:
-    """What would be done with a captured graph, and the normalised graph it speaks of."""
+    """What would be done with a captured graph, and the normalised graph it speaks of.
+
+    Args:
+        graph: the captured graph; left as it is.
+        model: the module its targets are looked up in.
+        activation: where an activation behind an addition goes.
+        leaves: modules to leave alone in a graph that was traced into them.
+        policy: what is rewired of that which can be; everything by default.
+        weigh: predicts what chains keep; the same for the graphs of both modes.
+    """
     flow = Flow(normalize(graph, model), model)  # one spelling of add, writes as dataflow
-    return flow, chain(flow, detect(flow, leaves), activation)  # find skip-adds, group them
+    found = detect(flow, leaves)  # find skip-adds
+    return flow, chain(flow, found, activation, policy or Policy(), weigh)  # group and choose
 
 
-def rewire_graph(graph: Graph, model: nn.Module, options: Options, leaves: Leaves = ()) -> Rewired:
+def rewire_graph(
+    graph: Graph,
+    model: nn.Module,
+    options: Options,
+    leaves: Leaves = (),
+    weigh: Weigh | None = None,
+) -> Rewired:
     """The passes in their order.
 
     Args:
@@ -146,8 +194,9 @@ def rewire_graph(graph: Graph, model: nn.Module, options: Options, leaves: Leave
         model: the module its targets are looked up in.
         options: how to rewire.
         leaves: modules to leave alone in a graph that was traced into them.
+        weigh: as for `make_plan`.
     """
-    flow, plan = make_plan(graph, model, options.activation, leaves)
+    flow, plan = make_plan(graph, model, options.activation, leaves, options.policy, weigh)
     rewired = rewire_plan(flow, plan, options)
     history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
     for _, step in (*history, ("final", rewired.graph)):
@@ -172,6 +221,9 @@ def explain(
     activation: str = "branch",
     leaves: Leaves = (),
     capture: str = "auto",
+    select: Select | None = None,
+    min_chain: int = 2,
+    min_saving: int | float | None = None,
 ) -> Explanation:
     """List every skip-add: rewired, or refused and why, with its source line.
 
@@ -181,11 +233,21 @@ def explain(
         activation: as for `transform`.
         leaves: as for `transform`.
         capture: as for `transform`.
+        select: as for `transform`.
+        min_chain: as for `transform`.
+        min_saving: as for `transform`.
+
+    Raises:
+        OptionError: an argument has a value it cannot take.
+        CaptureError: the model cannot be traced.
     """
+    policy = Policy(select, min_chain, min_saving)
     if isinstance(model, RewiredModule):
         return Explanation(type(model).__name__, model.plan, {})
+    policy.check_shapes(example_inputs)
     captured = capture_model(model, example_inputs, activation, leaves, capture)
-    _, plan = make_plan(captured.train, model, activation, leaves)
+    weigh = weigher(model, example_inputs, captured, activation)
+    _, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
     return Explanation(type(model).__name__, plan, captured.leaves)
 
 

@@ -39,10 +39,17 @@ from .passes.mark import is_marked, mark, unmark
 from .passes.outline import outline
 from .passes.reverse import reverse
 from .plan import Plan
+from .policy import Policy, Select
 from .program import Program
 from .regions import Regions
+from .weigh import weigh_lifted
 
 Function = Callable[..., Any]
+
+# What only the rewiring itself can heed.
+REWIRING = (
+    "coupling", "readout", "activation", "leaves", "select", "min_chain", "min_saving"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Settings:
     """What ``torch.compile(..., options={...})`` may say.
 
     Attributes:
-        coupling, readout, activation, memory, leaves, strict: as for `re2fx.transform`.
+        coupling, readout, activation, memory, leaves, strict, select, min_chain, min_saving: as
+            for `re2fx.transform`; the inputs are those of the call that is compiled.
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         compiler_options: Inductor's settings, what ``options`` is for ``backend="inductor"``.
         scope: ``"graph"`` compiles forward and backward as wholes; ``"region"`` compiles each
@@ -63,6 +71,9 @@ class Settings:
     memory: Memory = "reversible"
     leaves: Leaves = ()
     strict: bool = False
+    select: Select | None = None
+    min_chain: int = 2
+    min_saving: int | float | None = None
     compiler: str = "inductor"
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "graph"
@@ -82,14 +93,14 @@ class Settings:
             raise OptionError(f"scope={self.scope!r}: expected one of 'graph', 'region'")
         if self.scope == "region" and self.memory == "store":
             raise OptionError("scope='region' runs reversibly; memory='store' needs scope='graph'")
-        Options(self.coupling or Coupling.re2tal(), self.readout, self.activation, self.memory)
-        Inner(self.compiler, self.mode, self.compiler_options)
+        _ = self.rewiring, self.inner
 
     @property
     def rewiring(self) -> Options:
         """The part that says how to rewire."""
         coupling = self.coupling or Coupling.re2tal()
-        return Options(coupling, self.readout, self.activation, self.memory)
+        policy = Policy(self.select, self.min_chain, self.min_saving)
+        return Options(coupling, self.readout, self.activation, self.memory, policy)
 
     @property
     def inner(self) -> Inner:
@@ -99,8 +110,7 @@ class Settings:
     @property
     def rewires(self) -> bool:
         """Whether anything is said about the rewiring itself."""
-        default = Settings()
-        names = ("coupling", "readout", "activation", "leaves")
+        default, names = Settings(), REWIRING
         return any(getattr(self, name) != getattr(default, name) for name in names)
 
 
@@ -142,16 +152,21 @@ def compile_graph_module(
     lifted = lift(module, inputs)
     if is_marked(lifted.graph) or from_rewired(lifted.graph, origin):
         return compile_rewired(module, inputs, lifted, origin, settings)
-    rewired = rewire_lifted(lifted, origin, settings)
+    rewired = rewire_lifted(lifted, inputs, origin, settings)
     if rewired is None:
         return settings.inner.compile(module, inputs, reverse)
     return run_rewired(lifted, rewired, inputs, settings)
 
 
-def rewire_lifted(lifted: Lifted, origin: Origin, settings: Settings) -> Rewired | None:
+def rewire_lifted(
+    lifted: Lifted, inputs: Sequence[Any], origin: Origin, settings: Settings
+) -> Rewired | None:
     """Rewire a graph as `re2fx.transform` would, or say that there is nothing to rewire."""
     options = settings.rewiring
-    flow, plan = make_plan(lifted.graph, lifted.root, options.activation, settings.leaves)
+    weigh = weigh_lifted(lifted, inputs, options.activation, origin.name)
+    flow, plan = make_plan(
+        lifted.graph, lifted.root, options.activation, settings.leaves, options.policy, weigh
+    )
     check_cuts(flow, plan, origin)
     check_bodies(lifted, origin.name)
     warn_of_additions(origin)
@@ -188,8 +203,7 @@ def compile_rewired(
     """A graph traced from a module that `re2fx.transform` made: nothing is rewired again."""
     if settings.rewires:
         raise OptionError(
-            f"{origin.name} is rewired already; coupling, readout, activation and leaves are "
-            "re2fx.transform's to say"
+            f"{origin.name} is rewired already; {', '.join(REWIRING)} are re2fx.transform's to say"
         )
     if settings.compiler == "eager" or settings.scope == "region":
         graph, wirings = unmark(lifted.graph)

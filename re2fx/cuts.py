@@ -21,6 +21,7 @@ from .origin import Origin
 from .plan import Plan
 
 REWIRE = "rewire first: torch.compile(re2fx.transform(model), backend='re2fx')"
+CHOSEN = ("leaf", "not selected")  # the user's word, in this piece and in every other
 
 
 def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
@@ -37,17 +38,18 @@ def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
     if not origin.partial:
         return
     adds = [flow.by_name[r.add] for chain in plan.chains for r in chain.residuals]
-    refused = [r for r in plan.refusals if r.rule != "leaf"]
+    refused = [r for r in plan.refusals if r.rule not in CHOSEN]
+    walls = {flow.by_name[r.node] for r in plan.refusals if r.rule in CHOSEN}
     halves = [flow.by_name[miss.node] for miss in plan.misses if miss.rule == "two sources"]
     halves = [add for add in halves if is_activation_sum(add)]
     if origin.before is not None or origin.ddp:
         for add in (*adds, *(flow.by_name[r.node] for r in refused), *halves):
-            if reaches(flow, add, flow.inputs, enters):
+            if reaches(flow, add, flow.inputs, enters, walls):
                 raise cut(flow, add, origin, origin.before or origin.after)
     # A projection starts a chain; the piece that goes on with it meets it where it enters.
     adds += [flow.by_name[r.node] for r in refused if r.rule != "projection"]
     for add in adds:
-        if reaches(flow, add, flow.users, leaves):
+        if reaches(flow, add, flow.users, leaves, walls):
             raise cut(flow, add, origin, origin.after or origin.before)
 
 
@@ -79,14 +81,18 @@ def reaches(
     start: Node,
     neighbours: Callable[[Node], Iterable[Node]],
     found: Callable[[Flow, Node], bool],
+    walls: set[Node],
 ) -> bool:
-    """Whether a boundary is reached from a value through what a stream may pass between blocks."""
+    """Whether a boundary is reached from a value through what a stream may pass between blocks.
+
+    No chain goes on through the additions in ``walls``.
+    """
     stack, seen = [start], set()
     while stack:
         node = stack.pop()
         if found(flow, node):
             return True
-        if node in seen or not passes_stream(flow, node):
+        if node in seen or node in walls or not passes_stream(flow, node):
             continue
         seen.add(node)
         stack.extend(neighbours(node))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .backend import Settings, from_rewired, rewire_lifted
+from .backend import REWIRING, Settings, from_rewired, rewire_lifted
 from .dynamo import Lifted, lift, lower
 from .errors import InputError, NoResidualError, OptionError
 from .origin import Origin
@@ -116,17 +116,17 @@ def emit(
             is not run, and its mode stays.
         inputs: positional example inputs.
         kwargs: example inputs by keyword.
-        options: ``coupling``, ``readout``, ``activation`` and ``leaves``, as for `re2fx.transform`.
+        options: ``coupling``, ``readout``, ``activation``, ``leaves``, ``select``, ``min_chain``
+            and ``min_saving``, as for `re2fx.transform`.
 
     Raises:
         OptionError: an option is unknown or has a value it cannot take.
         NoResidualError: nothing can be rewired.
         InputError: no parameter and no input needs a gradient.
     """
-    known = {"coupling", "readout", "activation", "leaves"}
-    if not known >= options.keys():
-        unknown = ", ".join(sorted(options.keys() - known))
-        raise OptionError(f"emit has no option {unknown}; it takes {', '.join(sorted(known))}")
+    if not options.keys() <= set(REWIRING):
+        unknown = ", ".join(sorted(options.keys() - set(REWIRING)))
+        raise OptionError(f"emit has no option {unknown}; it takes {', '.join(sorted(REWIRING))}")
     settings = Settings.read(None, {**options, "strict": True})
     capture = Capture(model, settings)
     compiled = torch.compile(model, backend=capture, fullgraph=True)
@@ -158,12 +158,12 @@ class Capture:
         """Trace both forms of the step."""
         name = type(self.model).__name__
         lifted, origin = lift(module, inputs), Origin(self.model)
-        marked, plain = self.forms(lifted, origin)
+        marked, plain = self.forms(lifted, inputs, origin)
         reversible, blocks = trace(lower(lifted, marked), inputs, name)
         stored, _ = trace(lower(lifted, plain), inputs, name)
         raise Captured(Emitted(name, reversible, stored, tuple(inputs), blocks))
 
-    def forms(self, lifted: Lifted, origin: Origin) -> Any:
+    def forms(self, lifted: Lifted, inputs: Sequence[Any], origin: Origin) -> Any:
         """The network with marks and without."""
         if is_marked(lifted.graph):
             if self.settings.rewires:
@@ -171,7 +171,7 @@ class Capture:
             return lifted.graph, unmark(lifted.graph)[0]
         if from_rewired(lifted.graph, origin):
             raise OptionError(f"{origin.name} has memory='store'; nothing is reconstructed")
-        rewired = rewire_lifted(lifted, origin, self.settings)
+        rewired = rewire_lifted(lifted, inputs, origin, self.settings)
         if rewired is None:
             raise NoResidualError(f"nothing in {origin.name} can be rewired")
         return mark(rewired.graph, lifted.root, rewired.wirings), rewired.graph

@@ -116,4 +116,5 @@ def chain_dict(chain: Chain) -> dict[str, Any]:
         "residuals": residuals,
         "links": [list(link) for link in chain.links],
         "taps": list(chain.taps),
+        "weight": None if chain.weight is None else asdict(chain.weight),
     }

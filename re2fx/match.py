@@ -6,6 +6,7 @@ only) in the plan, or as a `Refusal`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -68,6 +69,55 @@ class Match:
                 if value not in inside and not flow.is_constant(value)
             )
         )
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What stands between an addition and the next residual's skip.
+
+    Attributes:
+        value: the last node of the tail, the next stream value.
+        activation: the activation behind the addition.
+        scaling: the multiplication by a constant behind the addition.
+        links: shape-only operations, in order.
+    """
+
+    value: Node
+    activation: Node | None = None
+    scaling: Node | None = None
+    links: tuple[Node, ...] = ()
+
+    @property
+    def output(self) -> Node | None:
+        """What the residual itself ends with, links left out; None for the bare addition."""
+        return self.activation or self.scaling
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive matches, and the tail behind each: what may become a chain."""
+
+    matches: tuple[Match, ...]
+    tails: tuple[Tail, ...]
+
+    def __len__(self) -> int:
+        return len(self.matches)
+
+    def parts(self) -> Iterator[tuple[Match, Tail]]:
+        """Each match with its tail."""
+        return zip(self.matches, self.tails, strict=True)
+
+    def nodes(self) -> Iterator[Node]:
+        """Everything that belongs to the run, its entry left out."""
+        for match, tail in self.parts():
+            yield from (*match.region, *match.passengers, *match.dropped, match.add, *tail.links)
+            if tail.output is not None:
+                yield tail.output
+
+    def span(self, flow: Flow) -> int:
+        """Length in lines of the program."""
+        first, last = self.matches[0].skip.value, self.matches[-1].add
+        return flow.position[last] - flow.position[first]
 
 
 def refuse(flow: Flow, node: Node, rule: str, sentence: str) -> Refusal:

@@ -68,6 +68,24 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """Bytes that one chain keeps for the backward, predicted.
+
+    Attributes:
+        stored: by ordinary training.
+        reversible: with its activations reconstructed.
+    """
+
+    stored: int
+    reversible: int
+
+    @property
+    def saving(self) -> int:
+        """What reconstructing saves; negative if it keeps more."""
+        return self.stored - self.reversible
+
+
+@dataclass(frozen=True)
 class Chain:
     """Consecutive residuals on one stream.
 
@@ -76,11 +94,14 @@ class Chain:
         links: before each residual, the names of the shape-only operations between it and the
             residual before; always empty for the first.
         taps: names of stream values inside the chain that are used elsewhere too.
+        weight: what it keeps, where that had a part in choosing it; another size of the inputs
+            makes no other chain.
     """
 
     residuals: tuple[Residual, ...]
     links: tuple[tuple[str, ...], ...]
     taps: tuple[str, ...] = ()
+    weight: Weight | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.residuals)

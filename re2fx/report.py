@@ -8,13 +8,14 @@ assemble  gather what is kept by chain, and outside the chains by module
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .api import Options, agree, capture_model, make_plan, rewire_plan
+from .api import Options, agree, capture_model, make_plan, rewire_plan, weigher
 from .capture import Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
 from .conditioning import check_conditioning
@@ -116,14 +117,23 @@ def _route(model: nn.Module, example_inputs: Any, options: Options, leaves: Leav
         raise
     except Re2fxError as error:
         return Route(reason=str(error))
-    flow, plan = make_plan(captured.train, model, options.activation, leaves)
+    weigh = weigher(model, example_inputs, captured, options.activation)
+    plan_graph = partial(
+        make_plan,
+        model=model,
+        activation=options.activation,
+        leaves=leaves,
+        policy=options.policy,
+        weigh=weigh,
+    )
+    flow, plan = plan_graph(captured.train)
     regions = mark_places(flow.graph, model, plan)
     reason, rewired = "", None
     if not plan.chains:
         reason = _nothing(plan, captured.leaves)
     else:
         try:
-            eval_flow, eval_plan = make_plan(captured.eval, model, options.activation, leaves)
+            eval_flow, eval_plan = plan_graph(captured.eval)
             agree(type(model).__name__, plan, eval_plan)
             train = rewire_plan(flow, plan, options)
             check_conditioning(model, train.wirings)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOORS = {"api", "backend", "emitted", "cli", "diff", "columns", "report", "__init__"}
+DOORS = {"api", "backend", "emitted", "cli", "diff", "columns", "report", "weigh", "__init__"}
 GROUND = sorted(p for p in (ROOT / "re2fx").glob("*.py"))
 DIFF = sorted((ROOT / "re2fx" / "diff").glob("*.py"))
 PASSES = sorted(p for p in (ROOT / "passes").glob("*.py") if p.name != "__init__.py")
