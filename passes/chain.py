@@ -9,16 +9,22 @@ inside the branch of a rewired residual stays inside it. Fills the plan; changes
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch.fx import Node
 
 from re2fx import ops
 from re2fx.graph import Flow
+from re2fx.legality import obstacle
 from re2fx.match import Detection, Match, refuse
 from re2fx.plan import Chain, Plan, Refusal, Residual
+
+# Sums refused because neither operand is the skip itself.
+NO_IDENTITY = ("projection", "scaled skip", "sliced skip", "type change", "fused addition")
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,17 @@ def chain(flow: Flow, detection: Detection, activation: str = "branch") -> Plan:
     """
     owner: dict[Node, Match] = {}
     accepted: list[Run] = []
-    refused: list[Refusal] = list(detection.refusals)
+    refused: list[Refusal] = []
     runs = group(flow, detection.matches, activation)
-    for run in sorted(runs, key=lambda run: -run.span(flow)):
-        nodes = list(run.nodes())
-        clash = next((node for node in nodes if node in owner), None)
-        if clash is not None:
-            refused += [nested(flow, match, owner) for match in run.matches]
+    queue = [(-run.span(flow), number, run) for number, run in enumerate(runs)]
+    heapq.heapify(queue)
+    while queue:
+        _, number, run = heapq.heappop(queue)
+        clashes = [clash(run, index, owner) for index in range(len(run.matches))]
+        if any(clashes):
+            refused += overlapping(flow, run, clashes, owner)
+            for part in stretches(flow, run, clashes, activation):
+                heapq.heappush(queue, (-part.span(flow), number, part))
         elif len(run.matches) == 1:
             refused.append(single(flow, run.matches[0], detection))
         else:
@@ -87,10 +97,69 @@ def chain(flow: Flow, detection: Detection, activation: str = "branch") -> Plan:
             for match, tail in zip(run.matches, run.tails, strict=True):
                 owned = Run((match,), (tail,)).nodes()
                 owner.update(dict.fromkeys(owned, match))
+    others, inside = outside_branches(flow, detection.refusals, owner)
+    refused += others
     accepted.sort(key=lambda run: flow.position[run.matches[0].add])
     refused.sort(key=lambda refusal: flow.position[flow.by_name[refusal.node]])
     chains = tuple(describe(flow, run) for run in accepted)
-    return Plan(chains, tuple(refused), tuple(detection.misses))
+    return Plan(chains, tuple(refused), (*detection.misses, *inside))
+
+
+def clash(run: Run, index: int, owner: dict[Node, Match]) -> Node | None:
+    """A node of one residual of a run, or of the links before it, that another chain has taken."""
+    match, tail = run.matches[index], run.tails[index]
+    links = run.tails[index - 1].links if index else ()
+    nodes = (*links, *Run((match,), (Tail(tail.value, tail.activation, tail.scaling),)).nodes())
+    return next((node for node in nodes if node in owner), None)
+
+
+def stretches(flow: Flow, run: Run, clashes: list[Node | None], activation: str) -> Iterator[Run]:
+    """What is left of a run without the residuals that another chain has taken."""
+    for taken, group_ in groupby(range(len(clashes)), key=lambda index: clashes[index] is not None):
+        indices = list(group_)
+        if taken or len(indices) < 2:
+            continue
+        matches = tuple(run.matches[index] for index in indices)
+        behind = [run.tails[index] for index in indices[:-1]]
+        behind.append(last_tail(flow, matches[-1], behind, activation))
+        yield Run(matches, tuple(behind))
+
+
+def overlapping(
+    flow: Flow, run: Run, clashes: list[Node | None], owner: dict[Node, Match]
+) -> Iterator[Refusal]:
+    """Refuse what another chain has taken, and a residual that is left alone between such."""
+    for index, (match, node) in enumerate(zip(run.matches, clashes, strict=True)):
+        if node is not None:
+            yield nested(flow, match.add, owner[node], match.add in owner)
+            continue
+        around = [*clashes[max(index - 1, 0) : index], *clashes[index + 1 : index + 2]]
+        if all(around):
+            other = next(node for node in around if node is not None)
+            yield refuse(
+                flow,
+                match.add,
+                "chain of one",
+                f"its stream goes on inside the branch of {owner[other].add.name} "
+                f"({flow.location(owner[other].add)}), which is rewired as a whole",
+            )
+
+
+def outside_branches(
+    flow: Flow, refusals: list[Refusal], owner: dict[Node, Match]
+) -> tuple[list[Refusal], list[Refusal]]:
+    """Refusals that concern a stream, and sums inside a rewired branch that are no skip-adds.
+
+    A modulation or a mixture of two transformed values in a branch looks like a projection.
+    """
+    others, inside = [], []
+    for refusal in refusals:
+        node = flow.by_name[refusal.node]
+        if refusal.rule in NO_IDENTITY and node in owner:
+            inside.append(nested(flow, node, owner[node], True))
+        else:
+            others.append(refusal)
+    return others, inside
 
 
 def group(flow: Flow, matches: list[Match], activation: str) -> list[Run]:
@@ -189,23 +258,16 @@ def linked(flow: Flow, tail: Tail) -> Iterator[Tail]:
             yield from linked(flow, longer)
 
 
-def nested(flow: Flow, match: Match, owner: dict[Node, Match]) -> Refusal:
+def nested(flow: Flow, add: Node, other: Match, inside: bool) -> Refusal:
     """Refuse what overlaps a chain that was taken first."""
-    outer = owner.get(match.add)
-    if outer is not None:
-        where = flow.location(outer.add)
-        return refuse(
-            flow,
-            match.add,
-            "nested",
-            f"it lies inside the branch of {outer.add.name} ({where}), which is rewired as a whole",
-        )
-    inner = next(owner[node] for node in match.region if node in owner)
+    where = f"{other.add.name} ({flow.location(other.add)})"
     return refuse(
         flow,
-        match.add,
+        add,
         "nested",
-        f"a chain with {inner.add.name} ({flow.location(inner.add)}) inside its branch is rewired",
+        f"it lies inside the branch of {where}, which is rewired as a whole"
+        if inside
+        else f"a chain with {where} inside its branch is rewired",
     )
 
 
@@ -214,17 +276,12 @@ def single(flow: Flow, match: Match, detection: Detection) -> Refusal:
     adds = {other.add for other in detection.matches}
     skips = {other.skip.value for other in detection.matches}
     readers = [user for user in flow.users(match.add) if not flow.is_shape(user)]
-    norm_behind = [n for n in readers if ops.is_norm(n, flow.root) and n in skips]
-    skip = match.skip.value
-    norm_before = ops.is_norm(skip, flow.root) and any(n in adds for n in flow.inputs(skip))
-    if norm_behind or norm_before:
-        norm = norm_behind[0] if norm_behind else skip
-        return refuse(
-            flow,
-            match.add,
-            "post-norm",
-            f"the stream passes through the norm {norm.name}, which cannot be inverted",
-        )
+    between = [reader for reader in readers if reader in skips]
+    if any(value in adds for value in flow.inputs(match.skip.value)):
+        between.append(match.skip.value)
+    refusal = obstacle(flow, match, between)
+    if refusal is not None:
+        return refusal
     names = ", ".join(reader.name for reader in readers[:3]) or "the output"
     return refuse(
         flow,
