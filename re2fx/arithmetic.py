@@ -16,7 +16,7 @@ _SUBTRACTIONS = _REVERSED | {
 }  # fmt: skip
 _NEGATIONS = {operator.neg, torch.neg, torch.negative, "neg", "negative", "__neg__"}
 # One operation that multiplies and adds to its first operand.
-_FUSED_ADDITIONS = {
+_FUSED_ADDITIONS: set[Any] = {
     torch.addcmul, torch.addcdiv, torch.lerp, torch.addmm, torch.addmv, torch.addbmm,
     torch.baddbmm, torch.addr,
 }  # fmt: skip

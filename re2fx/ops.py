@@ -24,6 +24,7 @@ from .arithmetic import is_subtraction as is_subtraction
 from .arithmetic import is_sum as is_sum
 from .arithmetic import negates as negates
 from .arithmetic import subtracts_from_second as subtracts_from_second
+from .shuffles import shuffles
 
 _EXTENT_ATTRIBUTES = {"shape", "ndim", "device", "is_cuda"}
 _EXTENT_CALLS = {"size", "dim", "ndimension", "numel", "nelement", "get_device", torch.numel}
@@ -184,7 +185,7 @@ def keeps_type(node: Node) -> bool:
     if not node.kwargs and len(others) == 1 and node.target in ("to", "type_as"):
         like = others[0]
         own = isinstance(like, Node) and calls(like, {getattr}) and like.args[:1] == (value,)
-        if like is value or (own and like.args[1] in ("dtype", "device")):  # type: ignore[union-attr]
+        if like is value or (own and like.args[1] in ("dtype", "device")):  # type: ignore
             return True
     if not node.kwargs.keys() <= {"dtype", "device", "non_blocking"} or torch.memory_format in map(
         type, others
@@ -229,7 +230,7 @@ def copies(node: Node) -> bool:
 
 def is_bijection(node: Node) -> bool:
     """A shape-only operation that can be undone."""
-    return permutes(node) or reshapes(node) or copies(node)
+    return permutes(node) or reshapes(node) or copies(node) or shuffles(node)
 
 
 def _has_dtype(node: Node) -> bool:
