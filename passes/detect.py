@@ -231,8 +231,8 @@ def not_an_identity(
     for value in (left, right):
         if ops.is_product(value) and source in flow.inputs(value):
             return product_of_skip(flow, add, source, value)
-    skip = min(sides, key=len)
-    steps = [node for node in skip if not flow.is_shape(node)]
+    paths = [[node for node in side if not flow.is_shape(node)] for side in sides]
+    steps = min(paths, key=lambda side: (any(map(flow.trains, side)), len(side)))
     if steps and all(map(ops.is_slice, steps)):
         return refuse(
             flow,
@@ -247,8 +247,8 @@ def not_an_identity(
             "type change",
             f"the skip passes through {steps[-1].name}, which may change its type",
         )
-    named = ", ".join(node.name for node in skip[:3]) or source.name
-    through = named if len(skip) <= 3 else f"{len(skip)} operations, first {named}"
+    named = ", ".join(node.name for node in steps[:3]) or source.name
+    through = named if len(steps) <= 3 else f"{len(steps)} operations, first {named}"
     sentence = f"the skip is not an identity: it passes through {through}"
     return refuse(flow, add, "projection", sentence)
 
