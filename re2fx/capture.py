@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .constants import make_anew
 from .errors import CaptureError, Re2fxWarning
 from .inputs import InputSpec
 from .ops import has_hooks
@@ -200,6 +201,7 @@ class Tracer(fx.Tracer):
         for node in graph.nodes:
             if node.op == "get_attr" and node.target in renamed:
                 node.target = renamed[node.target]
+        make_anew(graph, model, set(renamed.values()))
         return graph
 
     def create_args_for_root(
