@@ -99,14 +99,17 @@ def best_match(flow: Flow, add: Node) -> Match | None:
 def match_skip(
     flow: Flow, add: Node, skip: Term, branches: tuple[Term, ...], inner: tuple[Node, ...]
 ) -> Match | None:
-    """A match if every branch derives from the skip and some parameter is trained between."""
+    """A match if every branch derives from the skip and some parameter is trained between.
+
+    A parameter or a constant among the terms goes along with the branches.
+    """
     skip = unwrapped(flow, skip)
     if flow.is_constant(skip.value) or flow.is_shape(skip.value):
         return None
-    for branch in branches:
-        if not flow.between(skip.value, [branch.value]):
-            return None
-    region = flow.between(skip.value, [branch.value for branch in branches])
+    ends = [branch.value for branch in branches if not flow.is_constant(branch.value)]
+    if not all(flow.between(skip.value, [end]) for end in ends):
+        return None
+    region = flow.between(skip.value, ends)
     if not any(flow.trains(node) for node in region):
         return None
     return Match(add, skip, branches, inner, tuple(region), tuple(flow.private(region)))

@@ -52,9 +52,31 @@ def test_a_sum_of_transforms_without_a_skip() -> None:
     assert_refused(lambda m, x, f: f(m.norm(x)) + m.d(m.norm(x)), "projection", "not an identity")
 
 
-def test_a_stream_and_a_constant() -> None:
-    """A position that is learned per block stands between; only the last residual has a skip."""
-    assert_refused(lambda m, x, f: x + m.position + f(x), "projection", "it passes through add")
+CONSTANTS: dict[str, Block] = {
+    "x + c + f": lambda m, x, f: x + m.position + f(x),
+    "x + f + c": lambda m, x, f: x + f(x) + m.position,
+    "x + f - (-2 c)": lambda m, x, f: x + f(x) - (m.position * -2) / 2,
+    "x + (c + f)": lambda m, x, f: x + (m.position + f(x)),
+}
+
+
+@pytest.mark.parametrize("spelling", CONSTANTS)
+def test_a_constant_goes_along_with_the_branch(spelling: str) -> None:
+    """As a position that every block adds."""
+    assert_rewired(CONSTANTS[spelling], lambda m, f: Step(lambda p: f(p) + m.position))
+
+
+def test_a_stranger_does_not() -> None:
+    """An activation from elsewhere is neither a branch nor a constant."""
+
+    def function(m: Any, x: Tensor) -> Any:
+        others = m.e(x), m.d(x).sin()
+        x = m.stem(x)
+        for f, other in zip((m.a, m.b), others, strict=True):
+            x = x + f(x) + other
+        return m.head(x)
+
+    assert_nothing_rewired(layers(function), "chain of one", "no other residual continues")
 
 
 def test_a_position_in_the_branch() -> None:
