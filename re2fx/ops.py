@@ -175,26 +175,18 @@ def is_cast(node: Node) -> bool:
 
 
 def keeps_type(node: Node) -> bool:
-    """Whether a cast returns the very tensor it was given.
+    """Whether a cast returns the very tensor it was given, as ``x.to(x.dtype)``.
 
-    Its arguments may say so, as ``x.to(x.dtype)``, or the tensors seen while capturing.
+    Only its arguments count. A graph with known types could say more, but then a model would be
+    rewired differently by the way it was captured, and in each precision.
     """
-    value, *others = node.args
-    if not isinstance(value, Node) or any(other is True for other in others):  # copy=True
+    if node.kwargs or len(node.args) != 2 or node.target not in ("to", "type_as"):
         return False
-    if not node.kwargs and len(others) == 1 and node.target in ("to", "type_as"):
-        like = others[0]
-        own = isinstance(like, Node) and calls(like, {getattr}) and like.args[:1] == (value,)
-        if like is value or (own and like.args[1] in ("dtype", "device")):  # type: ignore
-            return True
-    if not node.kwargs.keys() <= {"dtype", "device", "non_blocking"} or torch.memory_format in map(
-        type, others
-    ):
+    value, like = node.args
+    if not isinstance(value, Node) or not isinstance(like, Node):
         return False
-    before, after = example(value), example(node)
-    if before is None or after is None:
-        return False
-    return before.dtype == after.dtype and before.device == after.device
+    asks = calls(like, {getattr}) and like.args[0] is value
+    return like is value or (asks and like.args[1] in ("dtype", "device"))
 
 
 def example(node: Node) -> torch.Tensor | None:
