@@ -18,7 +18,7 @@ import re2fx
 from re2fx import Plan
 from re2fx.consistency import check_consistency
 
-from .common import Layers, X, layers, lengths, rules
+from .common import Layers, X, layers, lengths, plan_of, rules
 
 
 @pytest.fixture(autouse=True)
