@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from torch.fx import Node
 
 from re2fx import ops
-from re2fx.choice import Refuser, Weigh, choose
+from re2fx.choice import Choice, Refuser, Weigh, choose
 from re2fx.graph import Flow
 from re2fx.match import Detection, Match, Run, Tail, refuse
 from re2fx.plan import Chain, Plan, Refusal, Residual, Weight
@@ -49,11 +50,46 @@ def chain(
 
     runs, unselected = select(flow, detection, activation, policy)
     choice = choose(flow, runs, policy, weigh_runs if weigh else None)
-    others = Refuser(flow, detection, policy, choice).refusals(runs)
-    refused = [*detection.refusals, *unselected, *others]
+    left = list(leftovers(flow, runs, choice, activation))
+    while left:
+        more = choose(flow, left, policy, weigh_runs if weigh else None)
+        choice.add(more)
+        choice.accepted.sort(key=lambda run: flow.position[run.matches[0].add])
+        left = list(leftovers(flow, left, choice, activation)) if more.accepted else []
+    refuser = Refuser(flow, detection, policy, choice)
+    inside = [r for r in detection.refusals if refuser.is_inside(r)]
+    refused = [*(r for r in detection.refusals if r not in inside), *unselected]
+    refused += refuser.refusals(runs)
     refused.sort(key=lambda refusal: flow.position[flow.by_name[refusal.node]])
     chains = (replace(describe(flow, r), weight=choice.weights.get(r)) for r in choice.accepted)
-    return Plan(tuple(chains), tuple(refused), tuple(detection.misses))
+    misses = (*detection.misses, *map(refuser.no_residual, inside))
+    return Plan(tuple(chains), tuple(refused), misses)
+
+
+def leftovers(flow: Flow, runs: Sequence[Run], choice: Choice, activation: str) -> Iterator[Run]:
+    """What is left of runs without the residuals that chosen chains have taken."""
+    taken = {node for run in choice.accepted for node in run.nodes()}
+    accepted = set(choice.accepted)
+    for run in runs:
+        clashes = [clash(run, index, taken) for index in range(len(run))]
+        if run in accepted or not any(clashes):
+            continue
+        for clashing, group_ in groupby(range(len(run)), key=clashes.__getitem__):
+            indices = list(group_)
+            if clashing or len(indices) < 2:
+                continue
+            matches = tuple(run.matches[index] for index in indices)
+            behind = [run.tails[index] for index in indices[:-1]]
+            behind.append(last_tail(flow, matches[-1], behind, activation))
+            yield Run(matches, tuple(behind))
+
+
+def clash(run: Run, index: int, taken: set[Node]) -> bool:
+    """Whether one residual of a run, or the links before it, is taken by another chain."""
+    match, tail = run.matches[index], run.tails[index]
+    links = run.tails[index - 1].links if index else ()
+    bare = Run((match,), (Tail(tail.value, tail.activation, tail.scaling),))
+    return not taken.isdisjoint((*links, *bare.nodes()))
 
 
 def select(

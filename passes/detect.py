@@ -5,8 +5,8 @@ r"""Find every skip-add: an addition whose one operand is an ancestor of all the
       `-- norm -- ... -- f'
 
 Sums of several operands, ``x + a + m`` or ``(a + m) + x``, are one residual with parallel
-branches. A region is found by walking back from the branch and never above the skip, so the cost of
-a block is its length. Nothing is changed.
+branches; a difference ``x - f`` is a sum with the factor -1. A region is found by walking back from
+the branch and never above the skip, so the cost of a block is its length. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ def detect(flow: Flow, leaves: Leaves = ()) -> Detection:
     aliases = Aliases(flow)
     taken: set[Node] = set()
     for add in reversed(flow.nodes):
-        if not ops.is_add(add) or add in taken or flow.is_shape(add):
+        if add in taken or flow.is_shape(add) or flow.is_constant(add):
             continue
-        if flow.is_constant(add):
+        if ops.is_fused_addition(add):
+            refusal = fused(flow, add)
+            found.refusals += [refusal] if refusal is not None else []
             continue
-        match = best_match(flow, add)
+        match = best_match(flow, add) if ops.is_sum(add) else None
         if match is None:
-            classify_other(flow, add, found)
+            if ops.is_add(add):  # a difference is no sum gone wrong
+                classify_other(flow, add, found)
             continue
-        taken.update(match.inner)
+        taken.update(match.dropped)
         refusal = kept_whole(flow, match, leaves) or object_to(flow, match, aliases)
         if refusal is not None:
             found.refusals.append(refusal)
@@ -96,14 +99,17 @@ def best_match(flow: Flow, add: Node) -> Match | None:
 def match_skip(
     flow: Flow, add: Node, skip: Term, branches: tuple[Term, ...], inner: tuple[Node, ...]
 ) -> Match | None:
-    """A match if every branch derives from the skip and some parameter is trained between."""
-    skip = unscaled(flow, skip)
+    """A match if every branch derives from the skip and some parameter is trained between.
+
+    A parameter or a constant among the terms goes along with the branches.
+    """
+    skip = unwrapped(flow, skip)
     if flow.is_constant(skip.value) or flow.is_shape(skip.value):
         return None
-    for branch in branches:
-        if not flow.between(skip.value, [branch.value]):
-            return None
-    region = flow.between(skip.value, [branch.value for branch in branches])
+    ends = [branch.value for branch in branches if not flow.is_constant(branch.value)]
+    if not all(flow.between(skip.value, [end]) for end in ends):
+        return None
+    region = flow.between(skip.value, ends)
     if not any(flow.trains(node) for node in region):
         return None
     return Match(add, skip, branches, inner, tuple(region), tuple(flow.private(region)))
@@ -121,35 +127,69 @@ def spellings(flow: Flow, add: Node) -> Iterator[tuple[tuple[Term, ...], tuple[N
         index = next((i for i, t in enumerate(terms) if absorbable(flow, t)), None)
         if index is None:
             return
-        node = terms[index].value
-        terms = (*terms[:index], *operands(flow, node), *terms[index + 1 :])
+        node, scale = terms[index].value, terms[index].scale
+        opened = (replace(term, scale=scale * term.scale) for term in operands(flow, node))
+        terms = (*terms[:index], *opened, *terms[index + 1 :])
         inner = (*inner, node)
 
 
 def absorbable(flow: Flow, term: Term) -> bool:
-    """An out-of-place addition of two values that only the enclosing sum reads."""
+    """An out-of-place sum of two values that only the enclosing sum reads."""
     node = term.value
-    plain = ops.is_add(node) and not ops.is_inplace(node, flow.root) and term.scale == 1
+    plain = ops.is_sum(node) and not ops.is_inplace(node, flow.root)
     return plain and len(flow.users(node)) == 1 and len(operands(flow, node)) == 2
 
 
 def operands(flow: Flow, add: Node) -> tuple[Term, ...]:
-    """The two operands of an addition with their constant scales; empty if one is no node."""
+    """The two operands of a sum with their constant scales; empty if one is no node."""
     arguments = [*add.args, *(add.kwargs[k] for k in ("input", "other") if k in add.kwargs)]
     nodes = [value for value in arguments if isinstance(value, Node)]
     alpha = add.kwargs.get("alpha", 1)
     if len(arguments) != 2 or len(nodes) != 2 or not isinstance(alpha, (int, float)):
         return ()
     left, right = (flow.source(node) for node in nodes)
-    return Term(left), Term(right, float(alpha))
+    if ops.subtracts_from_second(add):
+        return Term(right), Term(left, -float(alpha))
+    return Term(left), Term(right, -float(alpha) if ops.is_subtraction(add) else float(alpha))
 
 
-def unscaled(flow: Flow, term: Term) -> Term:
-    """Look through a multiplication by a constant that only this sum reads."""
-    factor = ops.constant_factor(term.value)
-    if factor is None or len(flow.users(term.value)) != 1 or ops.is_inplace(term.value, flow.root):
+def unwrapped(flow: Flow, term: Term) -> Term:
+    """Look through constant factors, copies and ``+ 0`` that only this sum reads."""
+    node = term.value
+    inner = ops.wrapped(node)
+    if inner is None or len(flow.users(node)) != 1 or ops.is_inplace(node, flow.root):
         return term
-    return Term(flow.source(factor[0]), term.scale * factor[1], (term.value,))
+    value, factor = inner
+    return unwrapped(flow, Term(flow.source(value), term.scale * factor, (*term.spelled, node)))
+
+
+def fused(flow: Flow, node: Node) -> Refusal | None:
+    """A skip-add that is spelled as one operation with a product in it."""
+    values = [flow.source(n) for n in node.all_input_nodes]
+    name = getattr(node.target, "__name__", str(node.target))
+    mixes = "lerp" in name
+    for skip in values[: 2 if mixes else 1]:
+        region = flow.between(skip, [value for value in values if value is not skip])
+        if flow.is_constant(skip) or not any(flow.trains(n) for n in (*region, node) if region):
+            continue
+        if mixes and not isinstance(node.args[-1], (int, float)):
+            return product_of_skip(flow, node, skip, node)
+        sentence = (
+            f"{name} multiplies and adds to {skip.name} in one operation; write the sum with +"
+        )
+        return refuse(flow, node, "fused addition", sentence)
+    return None
+
+
+def product_of_skip(flow: Flow, add: Node, skip: Node, product: Node) -> Refusal:
+    """The inverse would divide by what may be zero."""
+    return refuse(
+        flow,
+        add,
+        "scaled skip",
+        f"the skip {skip.name} is multiplied by a value that is not a constant "
+        f"({product.name}); its inverse would divide by it",
+    )
 
 
 def classify_other(flow: Flow, add: Node, found: Detection) -> None:
@@ -193,16 +233,25 @@ def not_an_identity(
     """Both operands transform the common source; say what is in the way of an identity skip."""
     for value in (left, right):
         if ops.is_product(value) and source in flow.inputs(value):
-            return refuse(
-                flow,
-                add,
-                "scaled skip",
-                f"the skip {source.name} is multiplied by a value that is not a constant "
-                f"({value.name}); its inverse would divide by it",
-            )
-    skip = min(sides, key=len)
-    named = ", ".join(node.name for node in skip[:3]) or source.name
-    through = named if len(skip) <= 3 else f"{len(skip)} operations, first {named}"
+            return product_of_skip(flow, add, source, value)
+    paths = [[node for node in side if not flow.is_shape(node)] for side in sides]
+    steps = min(paths, key=lambda side: (any(map(flow.trains, side)), len(side)))
+    if steps and all(map(ops.is_slice, steps)):
+        return refuse(
+            flow,
+            add,
+            "sliced skip",
+            f"the skip is a part of {source.name} only: it passes through {steps[-1].name}",
+        )
+    if steps and all(map(ops.is_cast, steps)):
+        return refuse(
+            flow,
+            add,
+            "type change",
+            f"the skip passes through {steps[-1].name}, which may change its type",
+        )
+    named = ", ".join(node.name for node in steps[:3]) or source.name
+    through = named if len(steps) <= 3 else f"{len(steps)} operations, first {named}"
     sentence = f"the skip is not an identity: it passes through {through}"
     return refuse(flow, add, "projection", sentence)
 

@@ -4,6 +4,7 @@
     y = relu_(x); z = f(x)          y = relu_(x); z = f(y)        reads go through the write
     out += identity                 out_1 = out + identity        where nobody can tell
     x.add_(f, alpha=2)              torch.add(x, f, alpha=2)
+    x -= f                          x_1 = x - f
     nn.Flatten(2)(x)                x.flatten(2, -1)
 
 Values, RNG and side effects stay the same, bit for bit. A new graph is returned.
@@ -33,7 +34,7 @@ def normalize(graph: Graph, root: nn.Module) -> Graph:
     new = copy_graph(graph)
     call_reshapes_as_methods(new, root)
     read_through_writes(new, root)
-    write_adds_out_of_place(new, root)
+    write_sums_out_of_place(new, root)
     new.lint()
     return new
 
@@ -70,7 +71,7 @@ def read_through_writes(graph: Graph, root: nn.Module) -> None:
         target = written(node, root)
         if target is None or node.target is operator.setitem or target.op == "get_attr":
             continue
-        if flow.is_shape(target):  # a number: ``h += 1`` makes a new one
+        if flow.is_number(target):  # ``h += 1`` makes a new one
             continue
         for user in list(target.users):
             if flow.position[user] > flow.position[node]:
@@ -85,17 +86,19 @@ def written(node: Node, root: nn.Module) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
-def write_adds_out_of_place(graph: Graph, root: nn.Module) -> None:
-    """Replace in-place additions where no other value shares their memory afterwards."""
+def write_sums_out_of_place(graph: Graph, root: nn.Module) -> None:
+    """Replace in-place sums where no other value shares their memory afterwards."""
     flow = Flow(graph, root)
     aliases = Aliases(flow)
     for node in flow.nodes:
-        if not ops.is_inplace_add(node) or flow.is_shape(node) or not aliases.functional(node):
+        if not ops.is_inplace_sum(node) or flow.is_shape(node) or not aliases.functional(node):
             continue
         scaled = node.kwargs or len(node.args) != 2
+        plain, full = (
+            (operator.sub, torch.sub) if ops.is_subtraction(node) else (operator.add, torch.add)
+        )
         with graph.inserting_before(node):
-            target = torch.add if scaled else operator.add
-            new = graph.call_function(target, node.args, node.kwargs)
+            new = graph.call_function(full if scaled else plain, node.args, node.kwargs)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

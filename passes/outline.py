@@ -29,6 +29,7 @@ from re2fx.layout import Relayout
 from re2fx.program import Enter, Leave, Program, RunBlock, RunLink, Segment, Step
 from re2fx.replay import Lookup
 from re2fx.runtime import Reverse
+from re2fx.shuffles import inverse, shuffles
 from re2fx.wiring import Block, Link, Wiring
 
 
@@ -227,8 +228,7 @@ class _Outliner:
         for name, source, sides in zip(link.currents, sources, self.link_sides(link), strict=False):
             node = named[name]
             graph, _ = self.subgraph([node], [named[source], *sides], node)
-            kind = "permute" if ops.permutes(node) else "reshape"
-            kind = "copy" if ops.copies(node) else kind
+            kind = undoing(node)
             operations.append((kind, compile_graph(graph, f"link {name}"), len(sides)))
             reads += sides
         states = [[named[n] for n in names] for names in (link.currents, link.previouses)]
@@ -320,3 +320,12 @@ class _Outliner:
         for slot, index in last.items():
             frees[index].append(slot)
         return tuple(map(tuple, frees))
+
+
+def undoing(node: Node) -> str | Callable[..., Any]:
+    """What undoes a shape-only operation."""
+    if shuffles(node):
+        return compile_graph(inverse(node), f"undo {node.name}")
+    if ops.copies(node):
+        return "copy"
+    return "permute" if ops.permutes(node) else "reshape"

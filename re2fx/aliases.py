@@ -22,15 +22,15 @@ class Aliases:
         self._writes: dict[Node, list[Node]] = {}
         for node in flow.nodes:
             self._members[node] = [node]
-            if flow.is_shape(node) or not ops.may_alias(node, flow.root):
+            if flow.is_number(node) or not ops.may_alias(node, flow.root):
                 continue
             # An in-place operation returns its first argument, a view may be one of any.
             count = 1 if ops.is_inplace(node, flow.root) else None
             for value in flow.inputs(node)[:count]:
-                if not flow.is_shape(value):
+                if not flow.is_number(value):
                     self._join(node, value)
         for node in flow.nodes:
-            writes = ops.is_inplace(node, flow.root) and not flow.is_shape(node)
+            writes = ops.is_inplace(node, flow.root) and not flow.is_number(node)
             if writes and flow.inputs(node):
                 self._inspect(node)
 

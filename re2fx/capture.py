@@ -25,6 +25,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .constants import make_anew
 from .errors import CaptureError
 from .inputs import InputSpec
 from .ops import has_hooks
@@ -247,6 +248,7 @@ class Tracer(fx.Tracer):
         for node in graph.nodes:
             if node.op == "get_attr" and node.target in renamed:
                 node.target = renamed[node.target]
+        make_anew(graph, model, set(renamed.values()))
         return graph
 
     def create_args_for_root(

@@ -11,16 +11,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch.fx import Node
 
-from . import ops
 from .errors import CaptureError, OptionError
 from .graph import Flow
+from .legality import obstacle
 from .match import Detection, Match, Run, refuse
 from .plan import Chain, Refusal, Weight
 from .policy import Policy
 from .text import amount, count
+
+# Sums refused because neither operand is the skip itself.
+NO_IDENTITY = ("projection", "scaled skip", "sliced skip", "type change", "fused addition")
 
 Weigh = Callable[[Flow, Sequence[Chain]], Sequence[Weight]]  # of chains that share no node
 Rivals = dict[Run, set[Run]]
@@ -43,6 +47,13 @@ class Choice:
     won: dict[Run, tuple[int, int]] = field(default_factory=dict)
     lost: dict[Run, tuple[int, int]] = field(default_factory=dict)
     unweighed: str = ""
+
+    def add(self, other: Choice) -> None:
+        """Take over what was chosen of what this choice left."""
+        self.accepted += other.accepted
+        self.weights.update(other.weights)
+        self.won.update(other.won)
+        self.lost.update(other.lost)
 
 
 def choose(
@@ -172,21 +183,37 @@ class Refuser:
 
     def refusals(self, runs: Iterable[Run]) -> Iterator[Refusal]:
         """One per match of the runs that are not rewired."""
+        chosen = {match.add for run in self.choice.accepted for match in run.matches}
+        for run in runs:
+            for match in run.matches:
+                if match.add not in chosen:
+                    yield self.refusal(run, match)
+
+    @cached_property
+    def owner(self) -> dict[Node, tuple[Match, Run]]:
+        """Per node the residual that is rewired with it, and its chain."""
         owner: dict[Node, tuple[Match, Run]] = {}
         for run in self.choice.accepted:
             for match, tail in run.parts():
                 owned = Run((match,), (tail,)).nodes()
                 owner.update(dict.fromkeys(owned, (match, run)))
-        accepted = set(self.choice.accepted)
-        for run in runs:
-            for match in run.matches if run not in accepted else ():
-                yield self.refusal(run, match, owner)
+        return owner
 
-    def refusal(self, run: Run, match: Match, owner: dict[Node, tuple[Match, Run]]) -> Refusal:
+    def is_inside(self, refusal: Refusal) -> bool:
+        """Whether a sum without a skip lies in a rewired branch: a modulation, a mixture."""
+        return refusal.rule in NO_IDENTITY and self.flow.by_name[refusal.node] in self.owner
+
+    def no_residual(self, refusal: Refusal) -> Refusal:
+        """What such a sum is."""
+        node = self.flow.by_name[refusal.node]
+        match, run = self.owner[node]
+        return self.inside(node, match, run, False)
+
+    def refusal(self, run: Run, match: Match) -> Refusal:
         """Why a match is left alone."""
-        flow, policy = self.flow, self.policy
+        flow, policy, owner = self.flow, self.policy, self.owner
         if match.add in owner:
-            return self.inside(match, *owner[match.add], len(run) >= policy.min_chain)
+            return self.inside(match.add, *owner[match.add], len(run) >= policy.min_chain)
         if len(run) == 1:
             return single(flow, match, self.detection, policy)
         if len(run) < policy.min_chain:
@@ -199,9 +226,9 @@ class Refuser:
         if weight is not None and not policy.is_met(weight):
             sentence = policy.shortfall(weight, len(run))
             return refuse(flow, match.add, "small saving", sentence)
-        return self.around(run, match, owner)
+        return self.around(run, match)
 
-    def inside(self, match: Match, outer: Match, winner: Run, was_choice: bool) -> Refusal:
+    def inside(self, add: Node, outer: Match, winner: Run, was_choice: bool) -> Refusal:
         """Refuse what lies inside a chain that was chosen."""
         where = self.flow.location(outer.add)
         reason = ""
@@ -217,12 +244,18 @@ class Refuser:
             f"it lies inside the branch of {outer.add.name} ({where}), which is rewired as a "
             f"whole{reason}"
         )
-        return refuse(self.flow, match.add, "nested", sentence)
+        return refuse(self.flow, add, "nested", sentence)
 
-    def around(self, run: Run, match: Match, owner: dict[Node, tuple[Match, Run]]) -> Refusal:
+    def around(self, run: Run, match: Match) -> Refusal:
         """Refuse what shares nodes with a chain that was chosen, most often around it."""
         nodes = (*match.region, *run.nodes())
-        inner, _ = next(owner[node] for node in nodes if node in owner)
+        inner, _ = next(self.owner[node] for node in nodes if node in self.owner)
+        if self.owner.keys().isdisjoint((*match.region, match.add)):
+            sentence = (
+                f"its stream goes on inside the branch of {inner.add.name} "
+                f"({self.flow.location(inner.add)}), which is rewired as a whole"
+            )
+            return refuse(self.flow, match.add, "chain of one", sentence)
         reason = ""
         if run in self.choice.lost:
             given_up, saved = (amount(size) for size in self.choice.lost[run])
@@ -244,13 +277,12 @@ def single(flow: Flow, match: Match, detection: Detection, policy: Policy) -> Re
     adds = {other.add for other in detection.matches}
     skips = {other.skip.value for other in detection.matches}
     readers = [user for user in flow.users(match.add) if not flow.is_shape(user)]
-    norm_behind = [n for n in readers if ops.is_norm(n, flow.root) and n in skips]
-    skip = match.skip.value
-    norm_before = ops.is_norm(skip, flow.root) and any(n in adds for n in flow.inputs(skip))
-    if norm_behind or norm_before:
-        norm = norm_behind[0] if norm_behind else skip
-        sentence = f"the stream passes through the norm {norm.name}, which cannot be inverted"
-        return refuse(flow, match.add, "post-norm", sentence)
+    between = [reader for reader in readers if reader in skips]
+    if any(value in adds for value in flow.inputs(match.skip.value)):
+        between.append(match.skip.value)
+    refusal = obstacle(flow, match, between)
+    if refusal is not None:
+        return refusal
     names = ", ".join(reader.name for reader in readers[:3]) or "the output"
     other = "other selected residual" if policy.select is not None else "other residual"
     sentence = f"no {other} continues its stream (next: {names}), so rewiring would save nothing"

@@ -42,6 +42,7 @@ class Flow:
         self._inputs: dict[Node, tuple[Node, ...]] = {}
         self._users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         self._shape: set[Node] = set()
+        self._made: set[Node] = set()  # of the former, tensors
         self._constant: set[Node] = set()
         self._parametric: set[Node] = set()
         self._free: set[Node] = set()  # no activation goes into it
@@ -73,6 +74,10 @@ class Flow:
             inputs and ops.is_number_op(node) and all(n in self._shape for n in inputs)
         ):
             self._shape.add(node)
+            if ops.makes_tensor(node) or any(n in self._made for n in inputs):
+                self._made.add(node)
+            if ops.reads_shape_only(node) and not ops.makes_tensor(node):
+                self._made.discard(node)
 
     def _module_trains(self, node: Node) -> bool:
         module = ops.module_of(node, self.root)
@@ -93,6 +98,10 @@ class Flow:
     def is_shape(self, node: Node) -> bool:
         """Whether the node depends on shapes, dtypes and devices alone."""
         return node in self._shape
+
+    def is_number(self, node: Node) -> bool:
+        """Whether the node is a number, a shape or a dtype, and no tensor."""
+        return node in self._shape and node not in self._made
 
     def is_constant(self, node: Node) -> bool:
         """Whether the node depends on parameters, buffers and constants alone."""

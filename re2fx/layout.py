@@ -16,18 +16,21 @@ class Relayout:
     """Shape-only operations between two blocks.
 
     Attributes:
-        operations: per operation what undoes it (``"permute"``, ``"reshape"`` or ``"copy"``), the
-            function ``(root, stream, *sides)``, and how many sides it takes.
+        operations: per operation what undoes it (``"permute"``, ``"reshape"``, ``"copy"`` or a
+            function ``(root, stream)``), the function ``(root, stream, *sides)``, and how many
+            sides it takes.
     """
 
-    operations: tuple[tuple[str, Function, int], ...]
+    operations: tuple[tuple[str | Function, Function, int], ...]
 
     def undo(self, root: Any, shapes: Sequence[torch.Size], stream: torch.Tensor) -> torch.Tensor:
         """The stream before the operations, from the shapes it had before each of them."""
         for (kind, function, _), shape in zip(
             reversed(self.operations), reversed(shapes), strict=True
         ):
-            if kind == "permute":
+            if not isinstance(kind, str):
+                stream = kind(root, stream)
+            elif kind == "permute":
                 # Dimensions of distinct sizes show where each one went.
                 probe = torch.empty(tuple(range(1, len(shape) + 1)), device="meta")
                 order = [size - 1 for size in function(root, probe).shape]

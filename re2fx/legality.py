@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch.fx import Node
+
 from . import ops
 from .aliases import Aliases
 from .graph import Flow
@@ -27,7 +29,7 @@ def escapes(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
 
 def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
     """An in-place write touches the skip, or the branch writes into what is not its own."""
-    region = {match.skip.value, *match.region}
+    region = {match.skip.value, *match.region, *match.private}
     for node in (match.skip.value, *match.region):
         dirty = aliases.dirty_write(node)
         if dirty is not None:
@@ -69,8 +71,26 @@ def side_input_written(flow: Flow, match: Match, aliases: Aliases) -> Refusal | 
     return None
 
 
+def changes_shape(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """The branch is larger than the stream, which the sum then repeats; known if sizes are."""
+    before, after = ops.example(match.skip.value), ops.example(match.add)
+    if before is None or after is None:
+        return None
+    sizes = zip(before.shape, after.shape, strict=False)
+    known = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+    if before.dim() == after.dim() and not known:
+        return None
+    return refuse(
+        flow,
+        match.add,
+        "broadcast",
+        f"the sum repeats {match.skip.value.name} of shape {tuple(before.shape)} to "
+        f"{tuple(after.shape)}; a stream keeps its shape",
+    )
+
+
 Rule = Callable[[Flow, Match, Aliases], Refusal | None]
-RULES: tuple[Rule, ...] = (escapes, writes_in_place, side_input_written)
+RULES: tuple[Rule, ...] = (escapes, writes_in_place, side_input_written, changes_shape)
 
 
 def first_refusal(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
@@ -79,4 +99,28 @@ def first_refusal(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
         refusal = rule(flow, match, aliases)
         if refusal is not None:
             return refusal
+    return None
+
+
+def obstacle(flow: Flow, match: Match, between: list[Node]) -> Refusal | None:
+    """Why a stream cannot pass what stands between two residuals, if that is known."""
+
+    def first(question: Callable[[Node], bool]) -> Node | None:
+        return next(filter(question, between), None)
+
+    norm = first(lambda node: ops.is_norm(node, flow.root))
+    if norm is not None:
+        sentence = f"the stream passes through the norm {norm.name}, which cannot be inverted"
+        return refuse(flow, match.add, "post-norm", sentence)
+    product = first(ops.is_product)
+    if product is not None:
+        sentence = (
+            f"the stream is multiplied by a value that is not a constant ({product.name}); its "
+            "inverse would divide by it"
+        )
+        return refuse(flow, match.add, "scaled skip", sentence)
+    cast = first(ops.is_cast)
+    if cast is not None:
+        sentence = f"the stream passes through {cast.name}, which may change its type"
+        return refuse(flow, match.add, "type change", sentence)
     return None

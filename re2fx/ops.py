@@ -15,25 +15,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
-_MULTIPLICATIONS = {
-    operator.mul,
-    operator.imul,
-    torch.mul,
-    torch.multiply,
-    "mul",
-    "mul_",
-    "multiply",
-}
-_DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"}
+from .arithmetic import calls as calls
+from .arithmetic import constant_factor as constant_factor
+from .arithmetic import is_add as is_add
+from .arithmetic import is_fused_addition as is_fused_addition
+from .arithmetic import is_product as is_product
+from .arithmetic import is_subtraction as is_subtraction
+from .arithmetic import is_sum as is_sum
+from .arithmetic import negates as negates
+from .arithmetic import subtracts_from_second as subtracts_from_second
+from .shuffles import shuffles
 
 _EXTENT_ATTRIBUTES = {"shape", "ndim", "device", "is_cuda"}
 _EXTENT_CALLS = {"size", "dim", "ndimension", "numel", "nelement", "get_device", torch.numel}
 _SHAPE_ATTRIBUTES = _EXTENT_ATTRIBUTES | {"dtype", "layout", "itemsize"}
-_SHAPE_CALLS = _EXTENT_CALLS | {
-    "stride", "is_floating_point", "new_zeros", "new_ones", "new_empty", "new_full",
-    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like,
-    torch.randn_like, torch.is_tensor, torch.is_floating_point,
+_FRESH_CALLS = {
+    "new_zeros", "new_ones", "new_empty", "new_full", torch.zeros_like, torch.ones_like,
+    torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+}  # fmt: skip
+_SHAPE_CALLS = _EXTENT_CALLS | _FRESH_CALLS | {
+    "stride", "is_floating_point", torch.is_tensor, torch.is_floating_point,
 }  # fmt: skip
 _NUMBER_MODULES = {"_operator", "operator", "math", "builtins"}
 
@@ -46,14 +47,20 @@ _RESHAPES = {
     torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze,
 }  # fmt: skip
 _COPIES = {"contiguous", "clone", torch.clone}
-_OTHER_VIEWS = {
-    "expand", "expand_as", "narrow", "select", "chunk", "split", "unbind", "detach", "view_as",
-    "diagonal", "unfold", "real", "imag", "to", "type", "float", "double", "half", "type_as",
-    "contiguous", "reshape_as", "tensor_split", "squeeze_", "unsqueeze_", "T", "mT",
-    torch.narrow, torch.select, torch.chunk, torch.split, torch.unbind, torch.detach,
-    torch.diagonal, torch.tensor_split, torch.real, torch.imag, torch.broadcast_to,
-    operator.getitem, getattr,
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
+_SLICES = {
+    "narrow", "select", "chunk", "split", "tensor_split", "unbind", "index_select", torch.narrow,
+    torch.select, torch.chunk, torch.split, torch.tensor_split, torch.unbind, torch.index_select,
+    operator.getitem,
 }  # fmt: skip
+_OTHER_VIEWS = _CASTS | _SLICES - {"index_select", torch.index_select} | {
+    "expand", "expand_as", "detach", "view_as", "diagonal", "unfold", "real", "imag", "contiguous",
+    "reshape_as", "squeeze_", "unsqueeze_", "T", "mT", "ravel", "broadcast_to", "as_strided", "cpu",
+    "cuda", "hsplit", "vsplit", "dsplit", "adjoint", "conj", torch.detach, torch.diagonal,
+    torch.real, torch.imag, torch.broadcast_to, torch.ravel, torch.as_strided, torch.hsplit,
+    torch.vsplit, torch.dsplit, torch.adjoint, torch.conj, getattr,
+}  # fmt: skip
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 
 _ACTIVATION_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -84,22 +91,18 @@ def module_of(node: Node, root: nn.Module) -> nn.Module | None:
     return root.get_submodule(str(node.target))
 
 
-def _calls(node: Node, names: set[Any]) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in names
-
-
-def is_add(node: Node) -> bool:
-    """An addition in any spelling, in place or not."""
-    return _calls(node, _ADDS)
-
-
-def is_inplace_add(node: Node) -> bool:
-    """``x += y`` or ``x.add_(y)``."""
-    return is_add(node) and is_inplace(node, None)
+def is_inplace_sum(node: Node) -> bool:
+    """``x += y``, ``x.add_(y)``, ``x -= y`` or ``x.sub_(y)``."""
+    return is_sum(node) and is_inplace(node, None)
 
 
 def is_identity(node: Node, root: nn.Module) -> bool:
-    """``nn.Identity`` of one value and without hooks: its output is that value."""
+    """``nn.Identity`` of one value and without hooks, or a cast to the type it has.
+
+    The output is that very value.
+    """
+    if is_cast(node):
+        return keeps_type(node)
     module = module_of(node, root)
     values = [*node.args, *node.kwargs.values()]
     single = len(values) == 1 and isinstance(values[0], Node)
@@ -121,28 +124,28 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_activation(node: Node, root: nn.Module) -> bool:
     """An elementwise activation, which may move into the branch."""
-    return isinstance(module_of(node, root), _ACTIVATION_MODULES) or _calls(node, _ACTIVATION_CALLS)
+    return isinstance(module_of(node, root), _ACTIVATION_MODULES) or calls(node, _ACTIVATION_CALLS)
 
 
 def is_norm(node: Node, root: nn.Module) -> bool:
     """A normalisation layer."""
     module = module_of(node, root)
     named = module is not None and "norm" in type(module).__name__.lower()
-    return named or isinstance(module, _NORM_MODULES) or _calls(node, _NORM_CALLS)
+    return named or isinstance(module, _NORM_MODULES) or calls(node, _NORM_CALLS)
 
 
 def reads_shape_only(node: Node) -> bool:
     """A use of a tensor that sees its shape, dtype or device, never its values."""
     if node.op == "call_function" and node.target is getattr:
         return len(node.args) > 1 and node.args[1] in _SHAPE_ATTRIBUTES
-    return _calls(node, _SHAPE_CALLS)
+    return calls(node, _SHAPE_CALLS)
 
 
 def reads_extent_only(node: Node) -> bool:
     """A use of a tensor that sees its shape or device only, not even its dtype."""
     if node.op == "call_function" and node.target is getattr:
         return len(node.args) > 1 and node.args[1] in _EXTENT_ATTRIBUTES
-    return _calls(node, _EXTENT_CALLS)
+    return calls(node, _EXTENT_CALLS)
 
 
 def is_number_op(node: Node) -> bool:
@@ -166,24 +169,60 @@ def is_number_input(node: Node) -> bool:
     return known and not isinstance(node.meta["example_value"], torch.Tensor)
 
 
+def is_cast(node: Node) -> bool:
+    """May change the type or the device of its first operand."""
+    return calls(node, _CASTS)
+
+
+def keeps_type(node: Node) -> bool:
+    """Whether a cast returns the very tensor it was given, as ``x.to(x.dtype)``.
+
+    Only its arguments count. A graph with known types could say more, but then a model would be
+    rewired differently by the way it was captured, and in each precision.
+    """
+    if node.kwargs or len(node.args) != 2 or node.target not in ("to", "type_as"):
+        return False
+    value, like = node.args
+    if not isinstance(value, Node) or not isinstance(like, Node):
+        return False
+    asks = calls(like, {getattr}) and like.args[0] is value
+    return like is value or (asks and like.args[1] in ("dtype", "device"))
+
+
+def example(node: Node) -> torch.Tensor | None:
+    """The tensor that stood for a value while it was captured, if one is known."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def makes_tensor(node: Node) -> bool:
+    """Makes a new tensor of which at most the shape comes from another."""
+    return calls(node, _FRESH_CALLS)
+
+
+def is_slice(node: Node) -> bool:
+    """Takes a part of a tensor."""
+    return calls(node, _SLICES)
+
+
 def permutes(node: Node) -> bool:
     """Moves dimensions, by constant numbers."""
-    return _calls(node, _PERMUTATIONS) and len(node.all_input_nodes) == 1
+    return calls(node, _PERMUTATIONS) and len(node.all_input_nodes) == 1
 
 
 def reshapes(node: Node) -> bool:
     """Renames dimensions without moving or repeating an element."""
-    return _calls(node, _RESHAPES) and not (node.target == "view" and _has_dtype(node))
+    return calls(node, _RESHAPES) and not (node.target == "view" and _has_dtype(node))
 
 
 def copies(node: Node) -> bool:
     """Same values, maybe in new memory."""
-    return _calls(node, _COPIES)
+    return calls(node, _COPIES)
 
 
 def is_bijection(node: Node) -> bool:
     """A shape-only operation that can be undone."""
-    return permutes(node) or reshapes(node) or copies(node)
+    return permutes(node) or reshapes(node) or copies(node) or shuffles(node)
 
 
 def _has_dtype(node: Node) -> bool:
@@ -231,12 +270,12 @@ def may_alias(node: Node, root: nn.Module) -> bool:
             module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         )
         return views or not builtin
-    if _calls(node, _PERMUTATIONS | _RESHAPES | _OTHER_VIEWS):
+    if calls(node, _PERMUTATIONS | _RESHAPES | _OTHER_VIEWS):
         return True
     if node.op == "call_function":
         target: Any = node.target
         owner = getattr(target, "__module__", None) or "torch"
-        return target is F.dropout or owner.split(".")[0] not in (
+        return target in _DROPOUTS or owner.split(".")[0] not in (
             "torch",
             "_operator",
             "operator",
@@ -247,24 +286,17 @@ def may_alias(node: Node, root: nn.Module) -> bool:
 
 def keeps_output(node: Node, root: nn.Module) -> bool:
     """Whether the backward of this operation may need its output unchanged."""
-    return not (is_add(node) or isinstance(module_of(node, root), _OUTPUT_NOT_SAVED))
+    return not (is_sum(node) or isinstance(module_of(node, root), _OUTPUT_NOT_SAVED))
 
 
-def constant_factor(node: Node) -> tuple[Node, float] | None:
-    """``(x, k)`` for ``x * k``, ``k * x`` and ``x / k`` with a Python number ``k``."""
-    if len(node.args) != 2 or node.kwargs:
-        return None
-    left, right = node.args
-    if _calls(node, _MULTIPLICATIONS):
-        if isinstance(left, (int, float)) and isinstance(right, Node):
-            left, right = right, left
-        if isinstance(left, Node) and isinstance(right, (int, float)):
-            return left, float(right)
-    if _calls(node, _DIVISIONS) and isinstance(left, Node) and isinstance(right, (int, float)):
-        return (left, 1.0 / right) if right != 0 else None
-    return None
-
-
-def is_product(node: Node) -> bool:
-    """A multiplication or division of any two values."""
-    return _calls(node, _MULTIPLICATIONS | _DIVISIONS)
+def wrapped(node: Node) -> tuple[Node, float] | None:
+    """``(x, k)`` where a node is ``k * x``: also ``-x``, a copy of ``x``, and ``x + 0``."""
+    if negates(node) and len(node.args) == 1 and isinstance(node.args[0], Node):
+        return node.args[0], -1.0
+    if copies(node) and node.args and isinstance(node.args[0], Node):
+        return node.args[0], 1.0
+    if is_add(node) and len(node.args) == 2 and not node.kwargs:
+        nodes = [value for value in node.args if isinstance(value, Node)]
+        zeros = [value for value in node.args if isinstance(value, (int, float)) and value == 0]
+        return (nodes[0], 1.0) if nodes and zeros else None
+    return constant_factor(node)

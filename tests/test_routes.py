@@ -93,7 +93,9 @@ def test_both_routes_make_the_same_network() -> None:
     x = X.requires_grad_(False)
     symbolic = re2fx.transform(net, x, capture="symbolic")
     dynamo = re2fx.transform(net, x, capture="dynamo")
-    assert symbolic.plan.signature() == dynamo.plan.signature()  # type: ignore[union-attr]
+    assert isinstance(symbolic, re2fx.RewiredModule)
+    assert isinstance(dynamo, re2fx.RewiredModule)
+    assert symbolic.plan.signature() == dynamo.plan.signature()
     torch.testing.assert_close(symbolic(x), dynamo(x), rtol=0, atol=1e-12)
     assert_reversible_equals_store(dynamo, x)
 
