@@ -248,7 +248,13 @@ def explain(
     captured = capture_model(model, example_inputs, activation, leaves, capture)
     weigh = weigher(model, example_inputs, captured, activation)
     _, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
-    return Explanation(type(model).__name__, plan, captured.leaves)
+    return explanation(model, plan, captured)
+
+
+def explanation(model: nn.Module, plan: Plan, captured: Captured) -> Explanation:
+    """What is done with a captured model."""
+    name = type(model).__name__
+    return Explanation(name, plan, captured.leaves, captured.route, captured.failures)
 
 
 def agree(name: str, train: Plan, eval_: Plan) -> None:
@@ -274,7 +280,7 @@ def nothing_rewired(model: nn.Module, plan: Plan, captured: Captured, strict: bo
     """Say why, as an error or as a warning."""
     text = (
         f"nothing in {type(model).__name__} can be rewired; the model is returned unchanged.\n"
-        f"{Explanation(type(model).__name__, plan, captured.leaves)}"
+        f"{explanation(model, plan, captured)}"
     )
     if strict:
         raise NoResidualError(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,22 @@ class Explanation:
         name: the model's class.
         plan: chains, refusals and misses of the train graph.
         leaves: modules kept whole because tracing into them failed, with the reason.
+        route: how the model was captured.
+        failures: the routes that did not go through, with the reason.
     """
 
     name: str
     plan: Plan
     leaves: dict[str, str]
+    route: str = "symbolic"
+    failures: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.plan}"]
         for path, reason in self.leaves.items():
             lines.append(f"kept whole: {path} ({reason})")
+        for route, reason in self.failures.items():
+            lines.append(f"captured by {self.route} tracing, because {route} failed: {reason}")
         return "\n".join(lines)
 
     @property
@@ -60,6 +66,9 @@ class Explanation:
             yield Table("Nearest misses", MISS_COLUMNS, tuple(rows))
         if self.leaves:
             yield Table("Kept whole", ("module", "reason"), tuple(self.leaves.items()))
+        if self.failures:
+            title = f"Captured by {self.route} tracing, because others failed"
+            yield Table(title, ("route", "reason"), tuple(self.failures.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data for JSON."""
@@ -71,6 +80,8 @@ class Explanation:
             "refusals": [asdict(refusal) for refusal in self.plan.refusals],
             "misses": [asdict(miss) for miss in self.plan.misses],
             "kept_whole": dict(self.leaves),
+            "route": self.route,
+            "routes_failed": dict(self.failures),
         }
 
     def __rich__(self) -> Group:
