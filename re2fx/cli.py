@@ -78,6 +78,19 @@ ActivationOpt = Annotated[
 LeafOpt = Annotated[
     list[str] | None, typer.Option("--leaf", metavar="PATH", help="A module to keep whole.")
 ]
+
+
+class CaptureName(str, Enum):
+    """Values of --capture."""
+
+    auto = "auto"
+    symbolic = "symbolic"
+    dynamo = "dynamo"
+
+
+CaptureOpt = Annotated[
+    CaptureName, typer.Option("--capture", help="How the model becomes a graph.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 HtmlOpt = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page that needs no network.")
@@ -93,6 +106,7 @@ def explain(
     input: InputOpt = None,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
     as_json: JsonOpt = False,
 ) -> None:
     """List every skip-add: rewired, or refused and why, with its source line."""
@@ -102,7 +116,11 @@ def explain(
     with working(f"tracing {target}"):
         made = load(target, input or (), "meta")
         result = explain_model(
-            made.model, made.inputs, activation=activation.value, leaves=tuple(leaf or ())
+            made.model,
+            made.inputs,
+            activation=activation.value,
+            leaves=tuple(leaf or ()),
+            capture=capture.value,
         )
     show(result, as_json)
     raise typer.Exit(0 if result.plan.chains else FOUND)

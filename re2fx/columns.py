@@ -52,7 +52,10 @@ class Route:
     def with_constants(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> Route:
         """The same with other tensors for those that tracing made."""
         made = self.captured.constants if self.captured else {}
-        constants = {name: convert(tensor) for name, tensor in made.items()}
+        constants = {
+            name: convert(value) if isinstance(value, torch.Tensor) else value
+            for name, value in made.items()
+        }
         return replace(self, constants=constants)
 
 

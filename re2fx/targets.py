@@ -178,6 +178,9 @@ def _from_transformers(source: str, name: str, options: dict[str, Any], device: 
     config = library.AutoConfig.for_model(name, **options)
     language = type(config) in library.MODEL_FOR_CAUSAL_LM_MAPPING
     factory = library.AutoModelForCausalLM if language else library.AutoModel
+    translates = type(config) in library.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if translates and config.is_encoder_decoder:
+        factory = library.AutoModelForSeq2SeqLM
     with torch.device(device):
         model = factory.from_config(config)
     if model.main_input_name == "pixel_values":
@@ -186,7 +189,10 @@ def _from_transformers(source: str, name: str, options: dict[str, Any], device: 
         return model, {"pixel_values": example((1, config.num_channels, height, width))}
     tokens = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
     ids = example((1, tokens), torch.int64)
-    return model, {"input_ids": ids, **({"use_cache": False} if language else {})}
+    inputs = {model.main_input_name: ids}
+    if translates and config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return model, {**inputs, **({"use_cache": False} if language or translates else {})}
 
 
 def _from_module(source: str, name: str, options: dict[str, Any], device: str) -> Built:

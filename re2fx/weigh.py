@@ -90,7 +90,11 @@ class Weigher:
     def _weigh(self, flow: Flow, plan: Plan) -> list[Weight]:
         fakes = Fakes()
         twin = trained(fake_twin(self._root, fakes))
-        live = LiveRoot(twin, {name: fakes(value) for name, value in self._constants.items()})
+        held = {
+            name: fakes(value) if isinstance(value, Tensor) else value
+            for name, value in self._constants.items()
+        }
+        live = LiveRoot(twin, held)
         graph = train_mode(copy_graph(flow.graph))
         mark_places(graph, self._root, plan)
         values = self._values(fakes)
