@@ -137,3 +137,11 @@ def test_bad_inputs(text: str) -> None:
 def test_all_inputs_by_name_or_none() -> None:
     with pytest.raises(TargetError, match="all inputs by name or none"):
         load(f"{__name__}:factory", ["x=1,4", "1,4"])
+
+
+def test_an_encoder_with_a_decoder() -> None:
+    text = "transformers:t5?num_layers=1&d_model=8&d_ff=8&num_heads=2&d_kv=4&vocab_size=9"
+    made = load(f"{text}&decoder_start_token_id=0")
+    assert isinstance(made.inputs, dict)
+    assert set(made.inputs) == {"input_ids", "decoder_input_ids", "use_cache"}
+    assert made.model(**made.inputs).logits.shape == (1, 128, 9)
