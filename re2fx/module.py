@@ -82,7 +82,13 @@ class LiveRoot:
 
 
 class _Uninitialised(nn.Module):
-    """Keeps `GraphModule` from calling the given model's own ``__init__``."""
+    """Keeps `GraphModule` from calling what the given model's class does when one is made."""
+
+    __setattr__ = nn.Module.__setattr__
+    __delattr__ = nn.Module.__delattr__
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(cls)
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -104,7 +110,7 @@ class RewiredModule(GraphModule):
         if not isinstance(model, GraphModule):
             try:
                 kind = type(type(model).__name__, (cls, _Uninitialised, type(model)), {})
-            except TypeError:  # a metaclass or a layout of its own: without its class's methods
+            except Exception:  # its class forbids it, or has a metaclass or a layout of its own
                 kind = cls
         made: RewiredModule = super().__new__(kind)
         return made

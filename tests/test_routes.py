@@ -160,6 +160,43 @@ def test_the_result_is_of_the_models_class_and_has_what_it_has() -> None:
         rev.nothing  # noqa: B018
 
 
+class Peculiar(Net):
+    """Its class has opinions on how it is made, changed and derived from."""
+
+    strict = False
+
+    def __new__(cls, depth: int) -> Peculiar:
+        made: Peculiar = super().__new__(cls)
+        return made
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.sealed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if vars(self).get("sealed") and name.startswith("_re"):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if Peculiar.strict:
+            raise RuntimeError("final")
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["open", "final"])
+def test_classes_with_opinions(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Peculiar, "strict", strict)
+    given = Peculiar(3)
+    rev = re2fx.transform(given)
+    assert isinstance(rev, Peculiar) is not strict
+    assert strict or rev.depth == 3
+    rev(torch.randn(2, 4)).sum().backward()
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_gradients(training: bool) -> None:
     given = model()
