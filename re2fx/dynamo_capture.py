@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves
 
 from .dynamo import locate
 from .errors import CaptureError
@@ -218,14 +219,24 @@ class Assembly:
             return self.held(self.constant(getattr(self.module, str(node.target))), node)
         new = self.new.node_copy(node, self.copies.__getitem__)
         new.args, new.kwargs = map_arg((node.args, node.kwargs), self.copies.__getitem__)
-        device = new.kwargs.get("device")
-        if device is not None and str(device) in self.device and self.placed:
-            with self.new.inserting_before(new):
-                first = next(iter(self.placed.values()))
-                place = self.new.call_function(getattr, (first, "device"))
-            new.kwargs = {**new.kwargs, "device": place}
+        self.ask_for_device(new)
         locate(new)
         return new
+
+    def ask_for_device(self, node: Node) -> None:
+        """Read the first input's device where the examples' device was written in."""
+        given = (node.args, node.kwargs)
+        if not self.placed or not any(map(self.is_device, tree_leaves(given))):
+            return
+        with self.new.inserting_before(node):
+            first = next(iter(self.placed.values()))
+            place = self.new.call_function(getattr, (first, "device"))
+        changed: Any = map_aggregate(given, lambda x: place if self.is_device(x) else x)
+        node.args, node.kwargs = changed
+
+    def is_device(self, value: Any) -> bool:
+        """Whether an argument is the device of the examples."""
+        return isinstance(value, torch.device) and str(value) in self.device
 
     def output(self) -> None:
         """What the model returns, built from the results."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .api import Options, agree, capture_model, make_plan, rewire_plan, weigher
-from .capture import Leaves
+from .capture import Captured, Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
 from .conditioning import check_conditioning
 from .coupling import Coupling, Readout
@@ -130,7 +130,7 @@ def _route(model: nn.Module, example_inputs: Any, options: Options, leaves: Leav
     regions = mark_places(flow.graph, model, plan)
     reason, rewired = "", None
     if not plan.chains:
-        reason = _nothing(plan, captured.leaves)
+        reason = _nothing(plan, captured)
     else:
         try:
             eval_flow, eval_plan = plan_graph(captured.eval)
@@ -143,9 +143,10 @@ def _route(model: nn.Module, example_inputs: Any, options: Options, leaves: Leav
     return Route(plan, captured, flow.graph, regions, rewired, None, reason)
 
 
-def _nothing(plan: Plan, whole: dict[str, str]) -> str:
+def _nothing(plan: Plan, captured: Captured) -> str:
     """Why a plan has no chain."""
-    kept = "".join(f"; {path} is kept whole ({why})" for path, why in whole.items())
+    kept = "".join(f"; {path} is kept whole ({why})" for path, why in captured.leaves.items())
+    kept += "".join(f"; {route} failed ({why})" for route, why in captured.failures.items())
     if not plan.refusals:
         misses = "; ".join(line.strip() for line in render_misses(plan.misses))
         return f"no skip-add was found: {misses}{kept}"

@@ -76,7 +76,15 @@ def load(text: str, inputs: Iterable[str] = (), device: str = "cpu") -> Target:
         if isinstance(error, TargetError):
             raise
         raise TargetError(f"{text} cannot be built: {type(error).__name__}: {error}") from error
-    return Target(text, model.train(), given or on(default, device))
+    return Target(text, model.train(), joined(given, on(default, device)))
+
+
+def joined(given: Any, default: Any) -> Any:
+    """The given inputs, with the switches that the library's model is called with by default."""
+    if not isinstance(given, dict) or not isinstance(default, dict):
+        return given or default
+    switches = {k: v for k, v in default.items() if not isinstance(v, torch.Tensor)}
+    return {**switches, **given}
 
 
 def read_options(query: str) -> dict[str, Any]:

@@ -160,6 +160,23 @@ def test_the_result_is_of_the_models_class_and_has_what_it_has() -> None:
         rev.nothing  # noqa: B018
 
 
+def test_the_device_of_the_example_is_not_written_in() -> None:
+    class Placing(Branching):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            if x.shape[0] > 100:
+                return x
+            y = self.net(x.to(x.device))
+            out: Tensor = y + torch.arange(3, device=y.device).to(y.device, y.dtype)
+            return out
+
+    given = Placing().to("meta")
+    rev: Any = re2fx.transform(given, X.float().to("meta"), capture="dynamo")
+    rev.to_empty(device="cpu")
+    for parameter in rev.parameters():
+        nn.init.normal_(parameter)
+    assert rev(X.float()).device.type == "cpu"
+
+
 class Peculiar(Net):
     """Its class has opinions on how it is made, changed and derived from."""
 

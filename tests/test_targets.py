@@ -145,3 +145,11 @@ def test_an_encoder_with_a_decoder() -> None:
     assert isinstance(made.inputs, dict)
     assert set(made.inputs) == {"input_ids", "decoder_input_ids", "use_cache"}
     assert made.model(**made.inputs).logits.shape == (1, 128, 9)
+
+
+def test_named_inputs_keep_the_switches_of_the_library() -> None:
+    text = "transformers:gpt2?n_layer=1&n_embd=8&n_head=2&vocab_size=9"
+    made = load(text, ["input_ids=2,5:int64"])
+    assert isinstance(made.inputs, dict)
+    assert made.inputs["use_cache"] is False
+    assert made.inputs["input_ids"].shape == (2, 5)
