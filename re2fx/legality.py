@@ -30,9 +30,11 @@ def escapes(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
 def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
     """An in-place write touches the skip, or the branch writes into what is not its own."""
     region = {match.skip.value, *match.region, *match.private}
+    own = {*match.region, *match.private, *match.passengers} - {match.skip.value}
     for node in (match.skip.value, *match.region):
         dirty = aliases.dirty_write(node)
-        if dirty is not None:
+        # Scratch of the branch is made anew when it is run again.
+        if dirty is not None and not all(is_own(flow, n, own) for n in aliases.of(node)):
             return refuse(
                 flow,
                 match.add,
@@ -54,6 +56,15 @@ def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | Non
                 "which the branch does not own: running it again would write twice",
             )
     return None
+
+
+def is_own(flow: Flow, node: Node, own: set[Node]) -> bool:
+    """Whether a value is of the branch, or a write of such values that nobody reads."""
+    if node in own:
+        return True
+    values = (n for n in flow.inputs(node) if not flow.is_number(n) and not flow.is_constant(n))
+    writes = ops.is_inplace(node, flow.root) and not flow.users(node)
+    return writes and all(value in own for value in values)
 
 
 def side_input_written(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
