@@ -1,5 +1,7 @@
 # make demo    set up and run the main job on real data
 # make test    set up, lint, check types and run the tests
+# make zoo     set up, then rewire and check every model of the zoo, render the results
+# make situations  set up, then run what must never go silently wrong, render the table
 # make bench   set up and run every benchmark (about 45 minutes on two cores), render the results
 
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test bench pictures render format clean
+.PHONY: demo test bench zoo situations pictures render format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
@@ -16,13 +18,23 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.depth
 	$(BIN)/python -m benchmarks.demo --save
 	$(BIN)/python -m benchmarks.compiled
+	$(BIN)/python -m benchmarks.render
+
+# Every model of the zoo (about half an hour on two cores); goes on from what is known.
+zoo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python -m benchmarks.render
+
+# Every situation, and each again without the code it needs (about six minutes on two cores).
+situations: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.situations
 	$(BIN)/python -m benchmarks.render
 
 # The pictures of what the tools show; needs Chromium for the page.
@@ -40,7 +52,7 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade-strategy only-if-needed -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,bench,zoo]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,bench,zoo,trainers]'
 	touch $@
 
 clean:

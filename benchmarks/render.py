@@ -21,7 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .common import CONTENDERS, RESULTS, read_results
-from .tables import TEXTS, Data
+from .situation_tables import text_situations
+from .tables import TEXTS as TABLES
+from .tables import Data
+from .zoo_tables import page_zoo, plot_zoo, text_zoo
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -192,11 +195,21 @@ def plot_compiled(data: Data) -> Figure:
     return figure
 
 
+TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
+    **TABLES,
+    "zoo": ("zoo", text_zoo),
+    "situations": ("situations", text_situations),
+}
+
+# Pages beside the result files, which have more to say than a README takes.
+PAGES: dict[str, Callable[[Data], str]] = {"zoo": page_zoo}
+
 PLOTS: dict[str, Callable[[Data], Figure]] = {
     "depth": plot_depth,
     "scale": plot_scale,
     "demo": plot_demo,
     "compiled": plot_compiled,
+    "zoo": plot_zoo,
 }
 
 
@@ -224,6 +237,9 @@ def main() -> None:
         return
     if new != old:
         README.write_text(new)
+    for name, page in PAGES.items():
+        if (RESULTS / f"{name}.json").exists():
+            (RESULTS / f"{name}.md").write_text(page(read_results(name)))
     with pyplot.rc_context(STYLE):
         for name, plot in PLOTS.items():
             if (RESULTS / f"{name}.json").exists():

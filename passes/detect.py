@@ -104,7 +104,7 @@ def match_skip(
     A parameter or a constant among the terms goes along with the branches.
     """
     skip = unwrapped(flow, skip)
-    if flow.is_constant(skip.value) or flow.is_shape(skip.value):
+    if flow.is_constant(skip.value) or flow.is_independent(skip.value):
         return None
     ends = [branch.value for branch in branches if not flow.is_constant(branch.value)]
     if not all(flow.between(skip.value, [end]) for end in ends):
@@ -199,7 +199,7 @@ def classify_other(flow: Flow, add: Node, found: Detection) -> None:
         found.misses.append(refuse(flow, add, "one operand", "a number or a scaled value is added"))
         return
     left, right = (t.value for t in terms)
-    if flow.is_constant(left) or flow.is_constant(right):
+    if any(flow.is_constant(value) or flow.is_independent(value) for value in (left, right)):
         found.misses.append(
             refuse(
                 flow, add, "constant", "one operand is a parameter or a constant, not an activation"
@@ -248,7 +248,7 @@ def not_an_identity(
             flow,
             add,
             "type change",
-            f"the skip passes through {steps[-1].name}, which may change its type",
+            f"the skip passes through {ops.type_change(steps[-1])}",
         )
     named = ", ".join(node.name for node in steps[:3]) or source.name
     through = named if len(steps) <= 3 else f"{len(steps)} operations, first {named}"

@@ -5,7 +5,9 @@
     out += identity                 out_1 = out + identity        where nobody can tell
     x.add_(f, alpha=2)              torch.add(x, f, alpha=2)
     x -= f                          x_1 = x - f
+    x * y, which nobody reads
     nn.Flatten(2)(x)                x.flatten(2, -1)
+    w = x.float(); w + f(x)         w = x.float(); w + f(w.to(x's type))
 
 Values, RNG and side effects stay the same, bit for bit. A new graph is returned.
 """
@@ -21,6 +23,7 @@ from torch.fx import Graph, Node
 
 from re2fx import ops
 from re2fx.aliases import Aliases
+from re2fx.casts import read_behind_widenings
 from re2fx.graph import Flow, copy_graph
 
 
@@ -32,11 +35,21 @@ def normalize(graph: Graph, root: nn.Module) -> Graph:
         root: the module its targets are looked up in.
     """
     new = copy_graph(graph)
+    drop_dead(new)
     call_reshapes_as_methods(new, root)
     read_through_writes(new, root)
     write_sums_out_of_place(new, root)
+    read_behind_widenings(new, root)
     new.lint()
     return new
+
+
+def drop_dead(graph: Graph) -> None:
+    """Remove arithmetic that nobody reads, which would look like a leak of what it reads."""
+    for node in reversed(graph.nodes):
+        dead = not node.users and ops.is_pure(node) and node.target is not operator.getitem
+        if dead and not ops.reads_shape_only(node):
+            graph.erase_node(node)
 
 
 def call_reshapes_as_methods(graph: Graph, root: nn.Module) -> None:

@@ -14,8 +14,8 @@ that looks its modules and parameters up on the live root.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 
 from re2fx import ops
 from re2fx.codegen import compile_graph
+from re2fx.contexts import owned
 from re2fx.graph import Flow
 from re2fx.layout import Relayout
 from re2fx.program import Enter, Leave, Program, RunBlock, RunLink, Segment, Step
@@ -62,19 +63,35 @@ def outline(
     return _Outliner(graph, root, wirings, compile).run()
 
 
+def separated(wiring: Wiring) -> Wiring:
+    """The same with one operation a link: one may need a size of the result of the one before."""
+
+    def steps() -> Iterator[Block | Link]:
+        for step in wiring.steps:
+            if isinstance(step, Block):
+                yield step
+                continue
+            currents, previouses = step.currents, step.previouses
+            befores = zip((step.current, *currents), (step.previous, *previouses), strict=True)
+            for before, current, previous in zip(befores, currents, previouses, strict=False):
+                yield Link(*before, (current,), (previous,))
+
+    return replace(wiring, steps=tuple(steps()))
+
+
 class _Outliner:
     def __init__(
         self, graph: Graph, root: nn.Module, wirings: Sequence[Wiring], compile: Compile
     ) -> None:
         self.flow = Flow(graph, root, identities=True)
         self.compile = compile
-        self.wirings = wirings
+        self.wirings = [separated(wiring) for wiring in wirings]
         self.groups: dict[Node, Group] = {}
         self.slots: dict[Node, int] = {}
         self.steps: list[Step] = []
         self.reads: list[list[Node]] = []
         self.pending: list[Node] = []
-        for index, wiring in enumerate(wirings):
+        for index, wiring in enumerate(self.wirings):
             self.collect(index, wiring)
         self.move_constants_inside()
         self.position = self.flow.position
@@ -93,7 +110,8 @@ class _Outliner:
                 path = self.flow.between(named[step.current], [branch])
                 arithmetic = self.arithmetic(step)
                 hanging, _ = self.flow.passengers(path, set(arithmetic))
-                group.body = [*self.flow.private([*path, *hanging]), *path, *hanging]
+                body = [*self.flow.private([*path, *hanging]), *path, *hanging]
+                group.body = [*body, *owned(self.flow, body)]
                 group.ends = [output]
                 members = [*group.body, *arithmetic]
             self.groups.update(dict.fromkeys(members, group))

@@ -14,6 +14,7 @@ from .errors import (
     CaptureError,
     ChainCutError,
     ConditioningError,
+    DriftError,
     InputError,
     ModeMismatchError,
     NoResidualError,
@@ -21,16 +22,21 @@ from .errors import (
     Re2fxError,
     Re2fxWarning,
     ReplayError,
+    ShardingError,
+    StoredOnlyError,
     StreamError,
     VerificationError,
 )
 from .explanation import Explanation
 from .findings import Finding, Verification
 from .footprint import ChainBytes, Kept, PartBytes, Report
+from .guard import Drift, DriftGuard
 from .module import RewiredModule
+from .piecewise import PiecewiseModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
 from .report import report
+from .sharding import shard_units
 from .verify import verify
 
 __version__ = "0.1.0"
@@ -43,6 +49,9 @@ __all__ = [
     "ConditioningError",
     "Coupling",
     "Diff",
+    "Drift",
+    "DriftError",
+    "DriftGuard",
     "Emitted",
     "Explanation",
     "Finding",
@@ -53,6 +62,7 @@ __all__ = [
     "NoResidualError",
     "OptionError",
     "PartBytes",
+    "PiecewiseModule",
     "Plan",
     "Re2fxError",
     "Re2fxWarning",
@@ -61,6 +71,8 @@ __all__ = [
     "Report",
     "Residual",
     "RewiredModule",
+    "ShardingError",
+    "StoredOnlyError",
     "StreamError",
     "Verification",
     "VerificationError",
@@ -70,6 +82,7 @@ __all__ = [
     "history",
     "record",
     "report",
+    "shard_units",
     "transform",
     "verify",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .overloads import overload, spellings
+
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", "__iadd__"}
 _REVERSED = {torch.rsub, "rsub", "__rsub__"}  # the second operand less the first
 _SUBTRACTIONS = _REVERSED | {
@@ -35,8 +37,11 @@ _DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide,
 
 
 def calls(node: Node, names: set[Any]) -> bool:
-    """Whether a node calls one of some functions or methods."""
-    return node.op in ("call_function", "call_method") and node.target in names
+    """Whether a node calls one of some functions or methods, or the operator one of them is."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    op = overload(node)
+    return node.target in names if op is None else not names.isdisjoint(spellings(op))
 
 
 def is_add(node: Node) -> bool:

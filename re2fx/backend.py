@@ -26,7 +26,7 @@ from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
 from .coupling import Coupling, Readout
-from .cuts import check_bodies, check_cuts, warn_of_additions
+from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
 from .explanation import Explanation
@@ -174,6 +174,7 @@ def rewire_lifted(
     if not plan.chains:
         nothing_rewired(origin, plan, settings)
         return None
+    warn_of_limit(origin)
     rewired = rewire_plan(flow, plan, options)
     if settings.memory == "reversible":
         check_conditioning(lifted.root, rewired.wirings, origin.name)

@@ -31,9 +31,12 @@ from .inputs import InputSpec
 from .ops import has_hooks
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.abspath(__file__)
+_PYTHON = os.path.dirname(os.__file__) + os.sep
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_TRACERS = {os.path.join(_HERE, f"{name}.py") for name in ("capture", "export_capture")}
 
 Leaves = Sequence["str | type[nn.Module]"]
+REMEDY = " What to try: "
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Captured:
         constants: tensors made while tracing, which the graphs read by name.
         leaves: modules kept whole because tracing into them failed, with the reason.
         hooks: modules whose hooks will not run because tracing went through them.
+        assigned: attributes that the forward assigns tensors to, and the graphs do not.
         route: how it was captured.
         failures: the routes that were tried before, and why they were not taken.
     """
@@ -57,6 +61,7 @@ class Captured:
     constants: dict[str, Any]
     leaves: dict[str, str] = field(default_factory=dict)
     hooks: tuple[str, ...] = ()
+    assigned: tuple[str, ...] = ()
     route: str = "symbolic"
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -77,15 +82,18 @@ def capture(model: nn.Module, example_inputs: Any = None, leaves: Leaves = ()) -
     inputs = InputSpec.of(model, example_inputs)
     failed: dict[type[nn.Module], str] = {}
     constants: dict[str, torch.Tensor] = {}
+    assigned: dict[str, None] = {}
     graphs = {}
     for mode in (True, False):
-        with mode_of(model, mode):
+        with mode_of(model, mode), attributes_of(model, assigned):
             graphs[mode] = _trace(model, inputs, leaves, failed, constants)
     called = {str(n.target) for g in graphs.values() for n in g.nodes if n.op == "call_module"}
     kinds = {path: type(model.get_submodule(path)) for path in sorted(called)}
     kept = {path: failed[kind] for path, kind in kinds.items() if kind in failed}
     hooks = tuple(dissolved_hooks(model, graphs[True]))
-    return Captured(graphs[True], graphs[False], inputs, constants, kept, hooks)
+    inside = tuple(f"{path}." for path in kept)  # traced into before it was kept whole
+    lost = tuple(name for name in assigned if not name.startswith(inside))
+    return Captured(graphs[True], graphs[False], inputs, constants, kept, hooks, lost)
 
 
 @contextmanager
@@ -99,6 +107,26 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+@contextmanager
+def attributes_of(model: nn.Module, assigned: dict[str, None]) -> Iterator[None]:
+    """Take back what a forward assigns to its modules while it is traced, which are proxies.
+
+    Args:
+        model: whose modules.
+        assigned: the names of these attributes are added.
+    """
+    before = [(path, vars(module), dict(vars(module))) for path, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for path, held, values in before:
+            changed = (name for name, value in held.items() if isinstance(value, fx.Proxy))
+            assigned.update(dict.fromkeys(f"{path}.{name}".strip(".") for name in changed))
+            for name in held.keys() - values.keys():
+                del held[name]
+            held.update(values)
 
 
 def _trace(
@@ -117,6 +145,8 @@ def _trace(
             if error.path is None:
                 raise _explained(model, error) from error.__cause__
             failed[type(model.get_submodule(error.path))] = error.reason
+        finally:
+            vars(tracer).clear()  # fx leaves it in a cycle, which would keep the model alive
 
 
 class _Untraceable(Exception):
@@ -160,7 +190,7 @@ class _NoEffects(TorchDispatchMode):
         return tensor and value.untyped_storage()._cdata in self._storages
 
 
-def _python_generators() -> tuple[Any, ...]:
+def python_generators() -> tuple[Any, ...]:
     """The state of the generators that torch does not know."""
     import random
 
@@ -229,14 +259,14 @@ class Tracer(fx.Tracer):
         """Trace, moving the constants that fx leaves on the model into ``constants``."""
         before = set(vars(model))
         try:
-            before_all = _python_generators()
+            before_all = python_generators()
             with _custom_functions_stop(), _NoEffects(model):
                 graph = self.trace(model)
             _check_generators(before_all)
         except _Untraceable:
             raise
         except Exception as error:
-            raise _Untraceable(None, _reason(error), _line(error)) from error
+            raise _Untraceable(None, reason_of(error), line_of(error)) from error
         finally:
             left = {name: vars(model)[name] for name in vars(model).keys() - before}
             for name in left:
@@ -283,7 +313,7 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        before = _python_generators()
+        before = python_generators()
         try:
             result = super().call_module(m, forward, args, kwargs)
             _check_generators(before)
@@ -292,21 +322,29 @@ class Tracer(fx.Tracer):
             raise
         except Exception as error:
             path = self.path_of_module(m)
-            raise _Untraceable(path, _reason(error), _line(error)) from error
+            raise _Untraceable(path, reason_of(error), line_of(error)) from error
 
 
 def _check_generators(before: tuple[Any, ...]) -> None:
-    if _python_generators() != before:
+    """Raise if Python's or numpy's generator has moved since."""
+    if python_generators() != before:
         raise _Effect(
             "it draws random numbers in Python, which tracing would draw once and for all"
         )
 
 
+def is_library(file: str) -> bool:
+    """Whether a file is torch's, Python's own, or one that traces, and not a model's."""
+    installed = "site-packages" in file or "dist-packages" in file
+    own = file.startswith((_TORCH, "<")) or file in _TRACERS
+    return own or (file.startswith(_PYTHON) and not installed)
+
+
 def user_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame outside torch and this module."""
-    while frame is not None:
+    """The innermost frame outside torch and this package's tracers, of those being traced."""
+    while frame is not None and frame.f_code is not Tracer.record.__code__:
         file = frame.f_code.co_filename
-        if not file.startswith(_TORCH) and file != _HERE and not file.startswith("<"):
+        if not is_library(file):
             return frame
         frame = frame.f_back
     return None
@@ -341,16 +379,17 @@ def _custom_functions_stop() -> Iterator[None]:
         function.apply = original  # type: ignore[method-assign]
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     """The innermost line of user code in a traceback."""
     trace, found = error.__traceback__, ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(_TORCH) and file != _HERE and not file.startswith("<"):
+        if not is_library(file):
             code = linecache.getline(file, trace.tb_lineno).strip()
             found = f"{file}:{trace.tb_lineno}: {code}"
         trace = trace.tb_next
@@ -361,8 +400,8 @@ def _explained(model: nn.Module, error: _Untraceable) -> CaptureError:
     """The error a user sees when the model itself cannot be traced."""
     where = f" at {error.line}" if error.line else ""
     return CaptureError(
-        f"{type(model).__name__} cannot be traced symbolically{where}: {error.reason}. "
-        "What to try: pass example_inputs= if the model takes lists, tuples or dicts of tensors or "
+        f"{type(model).__name__} cannot be traced symbolically{where}: {error.reason}.{REMEDY}"
+        "pass example_inputs= if the model takes lists, tuples or dicts of tensors or "
         "needs optional arguments; move the part that depends on tensor values into a submodule of "
         "its own (a submodule that cannot be traced is kept whole); or transform the largest "
         "submodule that can be traced, such as model.backbone."

@@ -5,6 +5,7 @@
     re2fx report torchvision:swin3d_t --input 1,3,16,112,112 --plot report.png
     re2fx verify transformers:gpt2?n_layer=4
     re2fx demo package.module:factory
+    re2fx zoo 'timm:*swin*' --json zoo.json
 
 Exit codes: 0 all is well; 1 there is a finding (nothing to rewire, a verdict that is not ok); 2 the
 command cannot be carried out as written.
@@ -15,16 +16,36 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .cli_options import (
+    ActivationName,
+    ActivationOpt,
+    CaptureName,
+    CaptureOpt,
+    CouplingOpt,
+    HtmlOpt,
+    InputOpt,
+    JsonOpt,
+    LeafOpt,
+    MinChainOpt,
+    MinSavingOpt,
+    PlotOpt,
+    ReadoutName,
+    ReadoutOpt,
+    SelectOpt,
+    TargetArg,
+    chosen,
+    read_coupling,
+)
 from .errors import Re2fxError, Re2fxWarning
+from .zoo.command import zoo
 
 FOUND, UNUSABLE = 1, 2
 
@@ -40,66 +61,6 @@ app = typer.Typer(
 )
 
 
-class ReadoutName(str, Enum):
-    """Values of --readout."""
-
-    mean = "mean"
-    sum = "sum"
-
-
-class ActivationName(str, Enum):
-    """Values of --activation."""
-
-    branch = "branch"
-    stream = "stream"
-
-
-TargetArg = Annotated[str, typer.Argument(help="The model, as SOURCE:NAME?option=value.")]
-InputOpt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input", "-i", metavar="SIZES", help="2,3,224,224 or NAME=1,128:int64; once per input."
-    ),
-]
-CouplingOpt = Annotated[
-    str | None,
-    typer.Option(
-        "--coupling",
-        metavar="NAME|A,B,C",
-        help="re2tal (default), consistent:B, momentum:G, dr2net:ALPHA,BETA, midpoint:B,H, "
-        "or the coefficients.",
-    ),
-]
-ReadoutOpt = Annotated[ReadoutName, typer.Option("--readout", help="How the streams become one.")]
-ActivationOpt = Annotated[
-    ActivationName,
-    typer.Option("--activation", help="Where an activation behind an addition goes."),
-]
-LeafOpt = Annotated[
-    list[str] | None, typer.Option("--leaf", metavar="PATH", help="A module to keep whole.")
-]
-
-
-class CaptureName(str, Enum):
-    """Values of --capture."""
-
-    auto = "auto"
-    symbolic = "symbolic"
-    dynamo = "dynamo"
-
-
-CaptureOpt = Annotated[
-    CaptureName, typer.Option("--capture", help="How the model becomes a graph.")
-]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
-HtmlOpt = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write a page that needs no network.")
-]
-PlotOpt = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture (.png or .svg).")
-]
-
-
 @app.command()
 def explain(
     target: TargetArg,
@@ -107,6 +68,9 @@ def explain(
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
     capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """List every skip-add: rewired, or refused and why, with its source line."""
@@ -119,8 +83,7 @@ def explain(
             made.model,
             made.inputs,
             activation=activation.value,
-            leaves=tuple(leaf or ()),
-            capture=capture.value,
+            **chosen(leaf, capture, select, min_chain, min_saving),
         )
     show(result, as_json)
     raise typer.Exit(0 if result.plan.chains else FOUND)
@@ -137,6 +100,10 @@ def diff(
     readout: ReadoutOpt = ReadoutName.mean,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
     as_json: JsonOpt = False,
     html: HtmlOpt = None,
     steps: Annotated[
@@ -156,7 +123,8 @@ def diff(
         if other is not None:
             after = load(other, input or (), "meta").model
         else:
-            after = rewired(made, coupling, readout, activation, leaf)
+            choice = chosen(leaf, capture, select, min_chain, min_saving)
+            after = rewired(made, coupling, readout, activation, choice)
         result = compare(made.model, after, example_inputs=made.inputs)
         if html is not None:
             result.to_html(html, history(after) if steps and other is None else ())
@@ -176,6 +144,10 @@ def report(
     readout: ReadoutOpt = ReadoutName.mean,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run the model too, and compare.")
     ] = False,
@@ -195,7 +167,7 @@ def report(
             coupling=read_coupling(coupling),
             readout=readout.value,
             activation=activation.value,
-            leaves=tuple(leaf or ()),
+            **chosen(leaf, capture, select, min_chain, min_saving),
         )
         if plot is not None:
             result.plot(plot)
@@ -212,6 +184,10 @@ def verify(
     readout: ReadoutOpt = ReadoutName.mean,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
     as_json: JsonOpt = False,
     plot: PlotOpt = None,
 ) -> None:
@@ -221,7 +197,8 @@ def verify(
 
     with working(f"verifying {target}"):
         made = load(target, input or ())
-        rev = rewired(made, coupling, readout, activation, leaf)
+        choice = chosen(leaf, capture, select, min_chain, min_saving)
+        rev = rewired(made, coupling, readout, activation, choice)
         result = verify_model(rev, made.inputs)
         if plot is not None:
             result.plot(plot)
@@ -241,6 +218,10 @@ def demo(
     readout: ReadoutOpt = ReadoutName.mean,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each.")] = 10,
     as_json: JsonOpt = False,
 ) -> None:
@@ -250,9 +231,13 @@ def demo(
 
     with working(f"building {target}"):
         made = load(target, input or ())
-        rev = rewired(made, coupling, readout, activation, leaf)
+        choice = chosen(leaf, capture, select, min_chain, min_saving)
+        rev = rewired(made, coupling, readout, activation, choice)
     result = demonstrate(made.model, rev, made.inputs, steps, console())
     show(result, as_json)
+
+
+app.command()(zoo)
 
 
 def rewired(
@@ -260,7 +245,7 @@ def rewired(
     coupling: str | None,
     readout: ReadoutName,
     activation: ActivationName,
-    leaf: list[str] | None,
+    choice: dict[str, Any],
 ) -> Any:
     """The target's rewired form; nothing to rewire is an error here."""
     from .api import transform
@@ -271,32 +256,9 @@ def rewired(
         coupling=read_coupling(coupling),
         readout=readout.value,
         activation=activation.value,
-        leaves=tuple(leaf or ()),
+        **choice,
         strict=True,
     )
-
-
-def read_coupling(text: str | None) -> Any:
-    """A coupling by the name of its constructor, or by its coefficients."""
-    from .coupling import Coupling
-
-    if text is None:
-        return None
-    makers: dict[str, Callable[..., Any]] = {
-        name: getattr(Coupling, name)
-        for name in ("re2tal", "consistent", "midpoint", "momentum", "dr2net")
-    }
-    name, _, numbers = text.partition(":")
-    try:
-        if name in makers:
-            return makers[name](*map(float, filter(None, numbers.split(","))))
-        return Coupling(*map(float, text.split(",")))
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(
-            f"{text!r}; write {', '.join(makers)} with its numbers, such as consistent:0.5, "
-            "or three coefficients, such as 0,1,1",
-            param_hint="--coupling",
-        ) from error
 
 
 def console() -> Console:

@@ -131,6 +131,12 @@ def predict(run: Run, fakes: Fakes) -> Found:
     return Found(store, checkpointed, reversed_, states, output, untold, reason)
 
 
+def predict_stored(run: Run, fakes: Fakes) -> Counter[Place]:
+    """What ordinary training keeps, on fake tensors."""
+    with predicting(fakes, type(run.model).__name__):
+        return _store(run)[0]
+
+
 def _store(run: Run) -> tuple[Counter[Place], int]:
     """The model as it is: what it keeps, and the size of its result."""
     tally = run.tally()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import ops
+from .checkpoints import hides_residual, is_activation_sum
 from .dynamo import Lifted, locate
 from .errors import ChainCutError, Re2fxWarning
 from .graph import Flow
@@ -51,6 +53,24 @@ def check_cuts(flow: Flow, plan: Plan, origin: Origin) -> None:
     for add in adds:
         if reaches(flow, add, flow.users, leaves, walls):
             raise cut(flow, add, origin, origin.after or origin.before)
+
+
+def warn_of_limit(origin: Origin) -> None:
+    """Warn if Dynamo will not compile the model once more, but run it as it was given.
+
+    Its limit of versions is the one way to leave a compiled model on which no backend is asked.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    if origin.versions + 1 < limit:
+        return
+    warnings.warn(
+        f"{origin.name} has {limit} compiled versions, as many as torch._dynamo.config."
+        "recompile_limit allows. For a call that none of them fits, Dynamo would run the network "
+        "as it was given, which is another function than the rewired one. Raise the limit, pass "
+        f"dynamic=True or fullgraph=True (an error instead) to torch.compile, or {REWIRE}.",
+        Re2fxWarning,
+        stacklevel=2,
+    )
 
 
 def warn_of_additions(origin: Origin) -> None:
@@ -111,14 +131,8 @@ def passes_stream(flow: Flow, node: Node) -> bool:
     return not isinstance(value, Tensor) or value.numel() in sizes
 
 
-def is_activation_sum(node: Node) -> bool:
-    """Not a sum of losses."""
-    value = node.meta.get("example_value")
-    return not isinstance(value, Tensor) or value.dim() > 0
-
-
 def check_bodies(lifted: Lifted, name: str) -> None:
-    """Raise if a residual is hidden in the body of a higher-order operator, as of a checkpoint.
+    """Raise if a residual is hidden in the body of a higher-order operator.
 
     Raises:
         ChainCutError: names the residual and the remedy.
@@ -132,22 +146,9 @@ def check_bodies(lifted: Lifted, name: str) -> None:
             if ops.is_add(node) and hides_residual(flow, node):
                 raise ChainCutError(
                     f"{name}: the residual at {flow.location(node)} lies inside a region that "
-                    "Dynamo captures as one operator (a checkpoint, a nested compiled region), so "
-                    "it cannot be rewired with the others. Turn checkpointing off around "
-                    f"residuals (re2fx takes its place), or {REWIRE}."
+                    "Dynamo captures as one operator (a condition, a nested compiled region), so "
+                    f"it cannot be rewired with the others. Write it without, or {REWIRE}."
                 )
-
-
-def hides_residual(flow: Flow, add: Node) -> bool:
-    """Whether one operand of a sum derives from the other through something that reads an input."""
-    operands = flow.inputs(add)
-    if len(operands) != 2 or not is_activation_sum(add):
-        return False
-    for skip, branch in (operands, operands[::-1]):
-        region = flow.between(skip, [branch])
-        if any(n.op == "placeholder" and n is not skip for m in region for n in flow.inputs(m)):
-            return True
-    return False
 
 
 def cut(flow: Flow, add: Node, origin: Origin, where: str | None) -> ChainCutError:

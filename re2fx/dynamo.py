@@ -11,15 +11,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from .checkpoints import write_out_checkpoints
 from .graph import copy_graph
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$')
 _ROOT = re.compile(r"^[A-Za-z_]+\[(?P<quote>['\"])(?P<name>\w+)(?P=quote)\]\.?")
+_CHILD = re.compile(
+    r"(\.__dict__\[['\"]_modules['\"]\]|\._modules)\[(?P<quote>['\"])(?P<name>\w+)(?P=quote)\]"
+)
 
 
 class Root(nn.Module):
@@ -87,8 +92,18 @@ def lift(module: GraphModule, inputs: Sequence[Any]) -> Lifted:
         if node.op == "get_attr" and node.name not in root._parameters | root._buffers:
             copy_attribute(module, root, str(node.target))
         locate(node)
+    write_out(graph, root)
     graph.lint()
     return Lifted(graph, root, tuple(placeholders))
+
+
+def write_out(graph: Graph, root: Root) -> None:
+    """Write out the checkpoints that hide residuals, and forget bodies that nobody runs."""
+    for node in write_out_checkpoints(graph, lambda target: attrgetter(target)(root)):
+        locate(node)
+    held = {str(node.target).split(".")[0] for node in graph.nodes if node.op != "placeholder"}
+    for name in [name for name in root._modules if name not in held]:
+        del root._modules[name]
 
 
 def lower(lifted: Lifted, graph: Graph) -> GraphModule:
@@ -154,9 +169,12 @@ def locate(node: Node) -> None:
 
 
 def module_path(path: str) -> str:
-    """``L['self'].blocks.0`` as ``blocks.0``; another name than ``self`` stays in front."""
+    """``L['self'].blocks.0`` as ``blocks.0``; another name than ``self`` stays in front.
+
+    Dynamo may write a child as the dictionary that holds it: ``._modules['blocks']``.
+    """
     match = _ROOT.match(path)
     if match is None:
         return path
-    rest = path[match.end() :]
+    rest = _CHILD.sub(lambda child: f".{child['name']}", "." + path[match.end() :]).lstrip(".")
     return rest if match["name"] == "self" else f"{match['name']}.{rest}".rstrip(".")

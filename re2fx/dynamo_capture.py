@@ -7,9 +7,11 @@ fake tensors, and the call that triggers it gets empty tensors for the graph's r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
+from .capture import is_library
+from .checkpoints import write_out_checkpoints
+from .contexts import restore_grad_modes
 from .dynamo import locate
 from .errors import CaptureError
 from .inputs import InputSpec
@@ -59,6 +64,7 @@ def capture_graph(
     inputs: InputSpec,
     examples: Sequence[Any],
     constants: dict[str, Any],
+    vary: bool = True,
 ) -> tuple[Graph, Shapes]:
     """One graph of a model in the mode it is in.
 
@@ -67,15 +73,16 @@ def capture_graph(
         inputs: the structure of its inputs.
         examples: the values of the placeholders.
         constants: what the graph reads and the model does not hold under a name is added here.
+        vary: whether all sizes may vary; else those of `dimensions`.
 
     Raises:
         CaptureError: Dynamo cannot follow the forward, or it assigns to the model.
     """
-    own = [value.detach().requires_grad_(value.requires_grad) for value in examples]
+    own = [stand_in(value) for value in examples]
     recording = Recording()
     with unassigned(model):
         try:
-            recording.returned = call(model, inputs, own, recording)
+            recording.returned = call(model, inputs, own, recording, vary)
         except Exception as error:
             raise CaptureError(explained(error)) from error
     if recording.module is None:
@@ -83,7 +90,26 @@ def capture_graph(
     return Assembly(model, inputs, own, recording, constants).graph()
 
 
-def call(model: nn.Module, inputs: InputSpec, values: list[Tensor], recording: Recording) -> Any:
+def stand_in(value: Tensor) -> Tensor:
+    """A tensor like an example, without the odd strides that slicing leaves behind."""
+    with torch.inference_mode(False):
+        plain = torch.empty_like(value)
+        if value.is_contiguous():
+            plain = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return plain.requires_grad_(value.requires_grad)
+
+
+def dimensions(value: Tensor) -> range:
+    """Which sizes of an input vary from call to call: all, but of images and video the batch alone.
+
+    What is computed from heights and widths becomes long expressions, which take Dynamo minutes.
+    """
+    return range(value.dim() if value.dim() < 4 else 1)
+
+
+def call(
+    model: nn.Module, inputs: InputSpec, values: list[Tensor], recording: Recording, vary: bool
+) -> Any:
     """Let Dynamo see one call, through a function of its own: nobody's compiled code is touched."""
     import torch._dynamo.config
     import torch.fx.experimental._config
@@ -93,14 +119,30 @@ def call(model: nn.Module, inputs: InputSpec, values: list[Tensor], recording: R
     exec(compile(code, "<capture>", "exec"), spaces)
     names = iter(values)
     arguments = inputs.arguments(lambda name: next(names))
+    for value in () if vary else values:
+        for dimension in dimensions(value):
+            torch._dynamo.maybe_mark_dynamic(value, dimension)
     with (
-        settings(torch._dynamo.config).patch(specialize_float=True, suppress_errors=False),
+        settings(torch._dynamo.config).patch(
+            specialize_int=True,
+            specialize_float=True,
+            automatic_dynamic_shapes=False,  # would remember the sizes of other captures
+            suppress_errors=False,
+            optimize_ddp=False,  # would cut the graph inside the forward of a wrapped module
+            ignore_logging_functions=messages() | torch._dynamo.config.ignore_logging_functions,
+        ),
         settings(torch.fx.experimental._config).patch(use_duck_shape=False),
     ):
         compiled: Any = torch.compile(
-            spaces["call"], backend=recording.backend, fullgraph=True, dynamic=True
+            spaces["call"], backend=recording.backend, fullgraph=True, dynamic=vary or None
         )
         return compiled(model, *arguments.args, **arguments.kwargs)
+
+
+def messages() -> set[Callable[..., Any]]:
+    """What writes to a log; a library may have added methods of its own, as ``warning_once``."""
+    levels = ("debug", "info", "warn", "error", "critical", "exception", "log")
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(levels)}
 
 
 def settings(module: Any) -> Any:
@@ -176,6 +218,10 @@ class Assembly:
             if node.op not in ("placeholder", "output"):
                 self.copies[node] = self.operation(node)
         self.output()
+        for node in write_out_checkpoints(self.new, self.body_of):
+            self.ask_for_device(node)
+            locate(node)
+        restore_grad_modes(self.new)
         self.new.lint()
         return self.new, self.shapes(fakes)
 
@@ -211,6 +257,8 @@ class Assembly:
                     new = self.new.call_method("size", (self.placed[name], dim))
                     new.meta = {"example_value": symbol}
                     return new
+        if isinstance(settled(symbol), str) and isinstance(symbol, torch.SymInt):
+            raise CaptureError(f"it reads the number {symbol}, which is no size of an input")
         return value
 
     def operation(self, node: Node) -> Node:
@@ -238,6 +286,11 @@ class Assembly:
         """Whether an argument is the device of the examples."""
         return isinstance(value, torch.device) and str(value) in self.device
 
+    def body_of(self, target: str) -> Any:
+        """The body of a higher-order operator."""
+        name, _, inner = target.partition(".")
+        return attrgetter(inner)(self.constants[name]) if inner else self.constants[name]
+
     def output(self) -> None:
         """What the model returns, built from the results."""
         (given,) = (node for node in self.module.graph.nodes if node.op == "output")
@@ -247,6 +300,8 @@ class Assembly:
         for stranger in spec.strangers():  # an input or a member that is returned as it is
             results.append(self.stranger(stranger))
             tensors.append(stranger)
+        used = OutputSpec.of(self.recording.returned, tensors).used(tensors)
+        results, tensors = [results[i] for i in used], [tensors[i] for i in used]
         spec = OutputSpec.of(self.recording.returned, tensors)
         if spec.template == OutputSpec.of(tensors[0], tensors).template if tensors else False:
             self.new.output(results[0])
@@ -270,7 +325,7 @@ class Assembly:
                 size = fake.shape[dim] if fake is not None else f"{name}.{dim}"
                 known = settled(size)
                 if isinstance(known, str) and isinstance(size, torch.SymInt):
-                    symbols[known] = size
+                    symbols[known] = size  # or an expression over others, checked as one
                 row.append(known)
             sizes.append(tuple(row))
         dtypes = tuple(example.dtype for example in self.examples)
@@ -282,7 +337,15 @@ def settled(size: Any) -> Size:
     if not isinstance(size, torch.SymInt):
         return size if isinstance(size, int) else str(size)
     expression = size.node.shape_env.simplify(size.node.expr)
-    return int(expression) if expression.is_number else str(expression)
+    return int(expression) if expression.is_number else in_python(expression)
+
+
+def in_python(expression: Any) -> str:
+    """An expression over sizes as Python code; sympy's own form has names that Python lacks."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    printed: str = PythonPrinter().doprint(expression)
+    return printed
 
 
 def guards(symbols: dict[str, torch.SymInt]) -> Iterator[str]:
@@ -291,13 +354,18 @@ def guards(symbols: dict[str, torch.SymInt]) -> Iterator[str]:
         return
     environment = next(iter(symbols.values())).node.shape_env
     for guard in environment.guards:
-        if {str(symbol) for symbol in guard.expr.free_symbols} <= symbols.keys():
-            yield str(guard.expr)
+        expression = environment.simplify(guard.expr)
+        names = {str(symbol) for symbol in expression.free_symbols}
+        if not names <= symbols.keys():
+            raise CaptureError(f"it asks {expression} of numbers that are no sizes of an input")
+        if names:
+            yield in_python(expression)
 
 
 def explained(error: Exception) -> str:
     """The first sentence of Dynamo's message, and the user's line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    where = [line for line in lines if line.startswith("File ") and "torch/_dynamo" not in line]
+    frames = [line for line in lines if line.startswith('File "')]
+    where = [line for line in frames if not is_library(line.split('"')[1])]
     sentence = lines[0] if lines else type(error).__name__
     return f"{sentence} ({where[-1]})" if where else sentence

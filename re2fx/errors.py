@@ -1,5 +1,12 @@
 """The typed errors and warnings of re2fx. Each message says what, where and what to do."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
 
 class Re2fxError(Exception):
     """Base of every error that re2fx raises on purpose."""
@@ -13,8 +20,24 @@ class InputError(Re2fxError, TypeError):
     """The inputs of a call do not fit the inputs the model was captured with."""
 
 
+class UncapturedError(InputError):
+    """The inputs fit the model, but not its capture; captured as it is called now, they may."""
+
+
 class CaptureError(Re2fxError):
-    """The model could not be turned into a graph."""
+    """The model could not be turned into a graph.
+
+    Attributes:
+        failures: the reason of each route, where several were tried.
+        plan: what was refused in those submodules that could be captured, if any could.
+    """
+
+    def __init__(
+        self, message: str, failures: dict[str, str] | None = None, plan: Plan | None = None
+    ) -> None:
+        super().__init__(message)
+        self.failures = failures or {}
+        self.plan = plan
 
 
 class ModeMismatchError(Re2fxError):
@@ -39,6 +62,18 @@ class StreamError(Re2fxError, RuntimeError):
 
 class ReplayError(Re2fxError, RuntimeError):
     """Running a branch again did not do what its first run did."""
+
+
+class DriftError(Re2fxError, RuntimeError):
+    """A stream was reconstructed less exactly in training than a `DriftGuard` lets pass."""
+
+
+class ShardingError(Re2fxError):
+    """Modules were sharded that a rewired network does not call, so nobody would gather them."""
+
+
+class StoredOnlyError(Re2fxError, RuntimeError):
+    """A reversible network was used in a way that only stored execution supports."""
 
 
 class TargetError(Re2fxError, ValueError):

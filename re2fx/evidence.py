@@ -143,6 +143,7 @@ class Evidence:
         reversible: the same step with reversible execution.
         trials: what the chains showed of themselves, in the order they ended.
         unsteady: what stored execution does not repeat when it is run twice.
+        calls: how many chain calls a step makes; -1 if that is not known.
         pinned: stored execution differentiated at the reconstructed states.
     """
 
@@ -152,6 +153,7 @@ class Evidence:
     reversible: Step
     trials: tuple[Trial, ...]
     unsteady: Unsteady
+    calls: int
     pinned: Step | None = None
 
     def gradient_errors(self, of: Step, against: Step | None = None) -> tuple[GradientError, ...]:
@@ -187,7 +189,7 @@ class Evidence:
     def reconstructed(self) -> bool:
         """Whether every state of every chain was reconstructed."""
         complete = all(None not in trial.errors for trial in self.trials)
-        return complete and len(self.trials) == len(self.locations)
+        return complete and len(self.trials) == self.calls
 
     @property
     def unexplained(self) -> bool:

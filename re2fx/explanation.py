@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from .piecewise import Account
 from .plan import Chain, Plan, Refusal, Residual
 from .tables import Table, to_html, to_rich
 from .text import MISSES_SHOWN, short, shorten, span
@@ -30,6 +31,9 @@ class Explanation:
         leaves: modules kept whole because tracing into them failed, with the reason.
         route: how the model was captured.
         failures: the routes that did not go through, with the reason.
+        account: of a model of which submodules are rewired by themselves, how it came to that.
+        sizes: of the inputs that the capture holds for, those that may vary as ``any``; empty if
+            all may. A call with others is captured again.
     """
 
     name: str
@@ -37,13 +41,20 @@ class Explanation:
     leaves: dict[str, str]
     route: str = "symbolic"
     failures: dict[str, str] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
+    sizes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.plan}"]
         for path, reason in self.leaves.items():
             lines.append(f"kept whole: {path} ({reason})")
+        lines += self.account.lines()
+        how = self.route if self.account.routes else f"{self.route} tracing"
         for route, reason in self.failures.items():
-            lines.append(f"captured by {self.route} tracing, because {route} failed: {reason}")
+            lines.append(f"captured by {how}, because {route} failed: {reason}")
+        if self.sizes:
+            sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+            lines.append(f"captured for sizes: {sizes}")
         return "\n".join(lines)
 
     @property
@@ -66,9 +77,18 @@ class Explanation:
             yield Table("Nearest misses", MISS_COLUMNS, tuple(rows))
         if self.leaves:
             yield Table("Kept whole", ("module", "reason"), tuple(self.leaves.items()))
+        if self.account.routes:
+            rows = list(self.account.routes.items())
+            yield Table("Rewired by themselves", ("module", "route"), tuple(rows))
+        if self.account.left:
+            rows = list(self.account.left.items())
+            yield Table("Run as they are written", ("module", "reason"), tuple(rows))
         if self.failures:
             title = f"Captured by {self.route} tracing, because others failed"
             yield Table(title, ("route", "reason"), tuple(self.failures.items()))
+        if self.sizes:
+            title = "Captured for sizes, others are captured again"
+            yield Table(title, ("input", "sizes"), tuple(self.sizes.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data for JSON."""
@@ -82,6 +102,9 @@ class Explanation:
             "kept_whole": dict(self.leaves),
             "route": self.route,
             "routes_failed": dict(self.failures),
+            "submodules": dict(self.account.routes),
+            "submodules_left": dict(self.account.left),
+            "sizes": dict(self.sizes),
         }
 
     def __rich__(self) -> Group:

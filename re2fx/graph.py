@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from . import ops
+from .contexts import Context, contexts
+from .overloads import packed, unpacked
 from .plan import Location
 
 
@@ -39,6 +41,7 @@ class Flow:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.by_name = {node.name: node for node in self.nodes}
         self._source: dict[Node, Node] = {}
+        self._between: dict[tuple[Node, tuple[Node, ...]], list[Node]] = {}
         self._inputs: dict[Node, tuple[Node, ...]] = {}
         self._users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         self._shape: set[Node] = set()
@@ -113,28 +116,88 @@ class Flow:
             return False
         return self._module_trains(node) or any(n in self._parametric for n in self.inputs(node))
 
+    def is_independent(self, node: Node) -> bool:
+        """Whether no value of an activation goes into the node; shapes, dtypes and weights may."""
+        return node in self._free or node in self._shape
+
     def between(self, start: Node, ends: Iterable[Node]) -> list[Node]:
         """The nodes on a path from ``start`` to any of ``ends``, ends included, in program order.
 
-        Empty if ``start`` is no ancestor of them. Nodes above ``start`` in the program cannot
-        depend on it, so the walk never leaves the lines between them.
+        Empty if no value of ``start`` reaches them. What is computed from its shape alone and
+        read elsewhere too, such as the size of a batch, is no part of it. Nodes above ``start`` in
+        the program cannot depend on it, so the walk never leaves the lines between them. The
+        answer is remembered, and nobody's to change.
         """
-        floor = self.position[start]
+        ends = tuple(self.source(end) for end in ends)
+        if (start, ends) not in self._between:
+            self._between[start, ends] = self._find_between(start, ends)
+        return self._between[start, ends]
+
+    def _find_between(self, start: Node, ends: Sequence[Node]) -> list[Node]:
+        floor, position, inputs = self.position[start], self.position, self._inputs
         seen: set[Node] = set()
-        stack = [self.source(end) for end in ends]
+        stack = list(ends)
         while stack:
             node = stack.pop()
-            if node in seen or self.position[node] <= floor:
+            if node in seen or position[node] <= floor:
                 continue
             seen.add(node)
-            stack.extend(self.inputs(node))
+            stack.extend(inputs[node])
+        order = sorted(seen, key=position.__getitem__)
+        path = self._reached(start, order)
+        shared = self._shared(path, ends)
+        while shared:
+            path = self._reached(start, self._leading([n for n in path if n not in shared], ends))
+            shared = self._shared(path, ends)
+        carried = {start}
+        for node in path:
+            if not carried.isdisjoint(inputs[node]) and not self.is_number(node):
+                carried.add(node)
+        return path if any(end in carried for end in ends) else []
+
+    def _reached(self, start: Node, order: Iterable[Node]) -> list[Node]:
+        """Those of some nodes, in program order, that are computed from ``start``."""
         reached: set[Node] = {start}
         path = []
-        for node in sorted(seen, key=self.position.__getitem__):
-            if any(n in reached for n in self.inputs(node)):
+        for node in order:
+            if not reached.isdisjoint(self._inputs[node]):
                 reached.add(node)
                 path.append(node)
         return path
+
+    def _leading(self, path: list[Node], ends: Iterable[Node]) -> list[Node]:
+        """Those of some nodes, in program order, that an end is computed from through them."""
+        wanted = set(ends)
+        for node in reversed(path):
+            if node in wanted:
+                wanted.update(self.inputs(node))
+        return [node for node in path if node in wanted]
+
+    def _shared(self, path: list[Node], ends: Sequence[Node]) -> set[Node]:
+        """Nodes of a path that depend on its start's shape alone and are read elsewhere too."""
+        inside, found = set(path), set[Node]()
+        for node in path:
+            if node in ends or not self.is_independent(node):
+                continue
+            before = (n for n in self.inputs(node) if n in inside)
+            beside = ops.reads_shape_only(node) or all(n in found for n in before)
+            if beside and self._is_read_outside(node, inside):
+                found.add(node)
+        return found
+
+    def _is_read_outside(self, node: Node, inside: set[Node]) -> bool:
+        """Whether an activation outside of a region is computed with an independent value."""
+        stack, seen = [node], set[Node]()
+        while stack:
+            node = stack.pop()
+            for user in self.users(node):
+                if self.is_independent(user):
+                    if user not in seen:
+                        seen.add(user)
+                        stack.append(user)
+                elif user not in inside:
+                    return True
+        return False
 
     def private(self, region: Iterable[Node]) -> list[Node]:
         """Values that only a region reads and no activation goes into, in program order.
@@ -201,6 +264,11 @@ class Flow:
         """Nobody reads the value, and computing it has no effect."""
         selects = node.op == "call_function" and node.target is operator.getitem
         return selects and not self.users(node)
+
+    @cached_property
+    def contexts(self) -> tuple[Context, ...]:
+        """The parts that run without gradients, under autocast, or in a ``vmap``."""
+        return contexts(self)
 
     @cached_property
     def dominators(self) -> dict[Node | str, Node | str]:
@@ -279,7 +347,7 @@ def freeze(graph: Graph) -> Frozen:
     def rows() -> Iterator[tuple[str, str, Any, Any, Any, dict[str, Any]]]:
         for node in graph.nodes:
             given: Any = map_aggregate((node.args, node.kwargs), away)
-            yield node.op, node.name, node.target, *given, node.meta
+            yield node.op, node.name, packed(node.target), *given, node.meta
 
     def away(value: Any) -> Any:
         return _Reference(value.name) if isinstance(value, Node) else value
@@ -298,10 +366,25 @@ def thaw(frozen: Frozen) -> Graph:
     for op, name, target, args, kwargs, meta in frozen:
         given: Any = map_aggregate((args, kwargs), back)
         arguments, keywords = given
-        nodes[name] = graph.create_node(op, target, arguments, keywords, name)
+        nodes[name] = graph.create_node(op, unpacked(target), arguments, keywords, name)
         nodes[name].meta = meta
         assert nodes[name].name == name, "names are what plans and wirings speak of"
     return graph
+
+
+def same_graph(left: Graph, right: Graph) -> bool:
+    """Whether two graphs have equal nodes, by names, in one order."""
+    if len(left.nodes) != len(right.nodes):
+        return False
+
+    def row(node: Node) -> tuple[Any, ...]:
+        given: Any = map_aggregate((node.args, node.kwargs), away)
+        return node.op, node.name, node.target, given
+
+    def away(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, Node) else value
+
+    return all(row(a) == row(b) for a, b in zip(left.nodes, right.nodes, strict=True))
 
 
 def copy_graph(graph: Graph) -> Graph:

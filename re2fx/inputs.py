@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import InputError
+from .errors import InputError, UncapturedError
 from .shapes import Shapes
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """One leaf of the inputs: a placeholder with a name, or a constant.
 
     Attributes:
@@ -32,6 +32,19 @@ class _Slot:
     constant: Any = None
     is_constant: bool = False
     is_tensor: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """Positional and keyword arguments of one call, as example inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """What is in them."""
+        return pytree.tree_leaves((self.args, self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -68,15 +81,15 @@ class InputSpec:
         signature = _plain(inspect.signature(model.forward))
         if example_inputs is None:
             tree = {
-                name: _Slot(name) if p.default is p.empty else _Slot(name, p.default, True)
+                name: Slot(name) if p.default is p.empty else Slot(name, p.default, True)
                 for name, p in signature.parameters.items()
                 if p.kind not in _VARIADIC
             }
             return cls(owner, signature, tree)
 
-        def slot(path: Any, leaf: Any) -> _Slot:
+        def slot(path: Any, leaf: Any) -> Slot:
             fixed = not isinstance(leaf, torch.Tensor)
-            return _Slot(_name(path), leaf if fixed else None, fixed, not fixed)
+            return Slot(_name(path), leaf if fixed else None, fixed, not fixed)
 
         arguments = bind(owner, signature, *split(example_inputs))
         return cls(owner, signature, pytree.tree_map_with_path(slot, arguments))
@@ -92,28 +105,31 @@ class InputSpec:
         """The placeholders' values in a call.
 
         Raises:
-            InputError: a structure or a fixed value differs from what was captured.
+            UncapturedError: a structure or a fixed value differs from what was captured.
+            InputError: the arguments do not fit the signature, or a fixed fraction differs.
         """
         arguments = bind(self.owner, self.signature, args, kwargs)
         slots, structure = pytree.tree_flatten(self.tree)
         try:
             leaves = structure.flatten_up_to(arguments)
         except ValueError as error:
-            raise InputError(
+            raise UncapturedError(
                 f"{self.owner} was captured with inputs of another structure: {error}. Transform "
                 "the model with example_inputs= of the structure you call it with."
             ) from None
         values = []
         for slot, leaf in zip(slots, leaves, strict=True):
             if slot.is_tensor and not isinstance(leaf, torch.Tensor):
-                raise InputError(
+                raise UncapturedError(
                     f"{self.owner} was captured with a tensor for {slot.name} and called with "
                     f"{leaf!r}. Transform it with example_inputs= as you call it."
                 )
             if not slot.is_constant:
                 values.append(leaf)
             elif not _same(leaf, slot.constant):
-                raise InputError(
+                # A number that varies continuously would be captured at every call.
+                varies = isinstance(leaf, float) and isinstance(slot.constant, float)
+                raise (InputError if varies else UncapturedError)(
                     f"{self.owner} was captured with {slot.name}={slot.constant!r} and called with "
                     f"another value. Transform it with example_inputs= that hold this argument."
                 )
@@ -130,6 +146,8 @@ def _plain(signature: inspect.Signature) -> inspect.Signature:
 
 def split(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments: a tuple, a dict, or one argument."""
+    if isinstance(example_inputs, Call):
+        return example_inputs.args, example_inputs.kwargs
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
     if isinstance(example_inputs, dict):

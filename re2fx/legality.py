@@ -8,8 +8,10 @@ from torch.fx import Node
 
 from . import ops
 from .aliases import Aliases
+from .contexts import crossing
 from .graph import Flow
 from .match import Match, refuse
+from .outputs import build
 from .plan import Refusal
 
 
@@ -19,18 +21,20 @@ def escapes(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
     _, leak = flow.passengers(match.region, doors)
     if leak is None:
         return None
-    return refuse(
-        flow,
-        match.add,
-        "branch used outside",
-        f"{leak.name} ({flow.location(leak)}) reads a value from inside the branch",
-    )
+    sentence = f"{leak.name} ({flow.location(leak)}) reads a value from inside the branch"
+    if leak.op == "output" or leak.target is build:
+        sentence = (
+            "the model returns a value from inside the branch, such as attention weights or the "
+            "keys and values of a cache; ask it not to (use_cache=False)"
+        )
+    return refuse(flow, match.add, "branch used outside", sentence)
 
 
 def writes_in_place(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
     """An in-place write touches the skip, or the branch writes into what is not its own."""
     region = {match.skip.value, *match.region, *match.private}
-    own = {*match.region, *match.private, *match.passengers} - {match.skip.value}
+    passengers, _ = flow.passengers(match.region, {match.add, *match.dropped})
+    own = {*match.region, *match.private, *passengers} - {match.skip.value}
     for node in (match.skip.value, *match.region):
         dirty = aliases.dirty_write(node)
         # Scratch of the branch is made anew when it is run again.
@@ -100,8 +104,45 @@ def changes_shape(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
     )
 
 
+def crosses_context(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """A part under autocast or without gradients holds a piece of the residual, and more."""
+    inside = (*match.region, *match.private, *hanging(flow, match))
+    context = crossing(flow, inside, match.add)
+    if context is None:
+        return None
+    return refuse(
+        flow,
+        match.add,
+        "context",
+        f"{context.enter.name} ({flow.location(context.inside[0])}) switches the state that a part "
+        "of the residual runs under, and something else with it; put the whole block or a part of "
+        "its branch inside",
+    )
+
+
+def assigns(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
+    """A module in the branch keeps a tensor from one call to the next."""
+    held = next((node.meta["assigns"] for node in match.region if "assigns" in node.meta), None)
+    if held is None:
+        return None
+    sentence = f"the branch assigns a tensor to {held}: run again, it would do something else"
+    return refuse(flow, match.add, "state", sentence)
+
+
+def hanging(flow: Flow, match: Match) -> list[Node]:
+    """Nodes that hang off the branch and go nowhere."""
+    return flow.passengers(match.region, {match.add, *match.dropped})[0]
+
+
 Rule = Callable[[Flow, Match, Aliases], Refusal | None]
-RULES: tuple[Rule, ...] = (escapes, writes_in_place, side_input_written, changes_shape)
+RULES: tuple[Rule, ...] = (
+    escapes,
+    writes_in_place,
+    side_input_written,
+    changes_shape,
+    crosses_context,
+    assigns,
+)
 
 
 def first_refusal(flow: Flow, match: Match, aliases: Aliases) -> Refusal | None:
@@ -132,6 +173,6 @@ def obstacle(flow: Flow, match: Match, between: list[Node]) -> Refusal | None:
         return refuse(flow, match.add, "scaled skip", sentence)
     cast = first(ops.is_cast)
     if cast is not None:
-        sentence = f"the stream passes through {cast.name}, which may change its type"
+        sentence = f"the stream passes through {ops.type_change(cast)}"
         return refuse(flow, match.add, "type change", sentence)
     return None

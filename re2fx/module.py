@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.fx import Graph, GraphModule
 
 from .codegen import compile_graph
 from .conditioning import check_conditioning
-from .errors import OptionError
-from .graph import freeze, thaw
-from .inputs import InputSpec
+from .errors import OptionError, UncapturedError
+from .inputs import Call, InputSpec
+from .members import visit
 from .plan import Plan
 from .program import Program, recording
-from .tracing import register, traced_for_re2fx
+from .rewired import History as History
+from .rewired import Rewired as Rewired
+from .tracing import holds, refuse_guard, register, traced_for_re2fx
+from .variants import Recipe, Variant, capture_again
 from .wiring import Wiring
 
-History = tuple[tuple[str, Graph], ...]
 Memory = Literal["reversible", "store"]
 MEMORIES: tuple[str, ...] = get_args(Memory)
 
@@ -38,36 +41,6 @@ class Executors:
 
     outline: Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
     mark: Callable[[Graph, nn.Module, tuple[Wiring, ...], bool], Graph]
-
-
-@dataclass(frozen=True)
-class Rewired:
-    """One mode of a network after rewiring.
-
-    Attributes:
-        graph: the two-stream program.
-        plan: what was rewired and what was refused.
-        wirings: where its chains lie.
-        history: name and graph of each step that led to it, the captured graph first.
-    """
-
-    graph: Graph
-    plan: Plan
-    wirings: tuple[Wiring, ...]
-    history: History = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rewired:
-        graph = copy.deepcopy(self.graph, memo)
-        return Rewired(graph, self.plan, self.wirings, self.history)  # nobody edits the past
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        history = tuple((name, freeze(graph)) for name, graph in self.history)
-        return _thawed, (freeze(self.graph), self.plan, self.wirings, history)
-
-
-def _thawed(graph: Any, plan: Plan, wirings: tuple[Wiring, ...], history: Any) -> Rewired:
-    steps = tuple((name, thaw(frozen)) for name, frozen in history)
-    return Rewired(thaw(graph), plan, wirings, steps)
 
 
 class LiveRoot:
@@ -102,7 +75,9 @@ class RewiredModule(GraphModule):
 
     The members are *shared*: what happens to one (``load_state_dict``, ``.to()``, a replaced
     submodule, ``train()``) happens to the other. ``graph`` is the plain two-stream program of the
-    current mode and ``plan`` says what was rewired. Made by `re2fx.transform`.
+    current mode and ``plan`` says what was rewired. Made by `re2fx.transform`. A call with other
+    sizes, dtypes or optional arguments than the captured ones is captured by itself, once, and must
+    have the same plan; ``graph`` stays that of the first capture.
     """
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> RewiredModule:
@@ -124,15 +99,15 @@ class RewiredModule(GraphModule):
         constants: dict[str, torch.Tensor],
         memory: Memory,
         executors: Executors,
+        recipe: Recipe | None = None,
+        variants: Sequence[Variant] = (),
     ) -> None:
-        self._rewired = {True: train, False: eval}
-        self._inputs = inputs
-        self._executors = executors
-        self._functions: dict[bool, Callable[..., Any]] = {}
-        self._marked: dict[tuple[bool, bool], Callable[..., Any]] = {}
-        self._programs: dict[bool, Program] = {}
+        self._executors, self._recipe = executors, recipe
+        held_for = (recipe.members, recipe.surroundings) if recipe is not None else ()
+        self._variants = [Variant(inputs, {True: train, False: eval}, *held_for), *variants]
         self._live = LiveRoot(model, constants)
         self._number = register(self)
+        self._guard: Any = None  # a DriftGuard, while one is attached
         self._lineno_map, self._prologue_start = None, 0  # read by Dynamo
         super().__init__({}, Graph(), type(model).__name__)
         # The same dictionaries, not copies of them.
@@ -140,9 +115,10 @@ class RewiredModule(GraphModule):
         self._buffers = model._buffers
         self._modules = model._modules
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        self.memory = memory
+        self._run_as(memory)
         setattr(type(self), "forward", _with_signature(RewiredModule.forward, inputs.signature))
-        self.recompile()
+        for variant in self._variants:
+            variant.generate(model, executors.outline)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -153,6 +129,15 @@ class RewiredModule(GraphModule):
             if name not in own:
                 raise
             return own[name]
+
+    @property
+    def _rewired(self) -> dict[bool, Rewired]:
+        """What was rewired in each mode when the module was made."""
+        return self._variants[0].rewired
+
+    @property
+    def _inputs(self) -> InputSpec:
+        return self._variants[0].inputs
 
     @property
     def plan(self) -> Plan:
@@ -170,11 +155,19 @@ class RewiredModule(GraphModule):
 
     @property
     def memory(self) -> Memory:
-        """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them."""
+        """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them.
+
+        Setting it sets it for rewired modules inside this one too.
+        """
         return self._memory
 
     @memory.setter
     def memory(self, value: Memory) -> None:
+        for module in self.modules():
+            if isinstance(module, RewiredModule):
+                module._run_as(value)
+
+    def _run_as(self, value: Memory) -> None:
         if value not in MEMORIES:
             raise OptionError(f"memory={value!r}: expected one of {', '.join(map(repr, MEMORIES))}")
         if value == "reversible":
@@ -204,7 +197,7 @@ class RewiredModule(GraphModule):
 
     @graph.setter
     def graph(self, graph: Graph) -> None:
-        if self._functions:
+        if self._variants[0].functions:
             raise OptionError("the graph of a rewired module cannot be replaced; edit it in place")
 
     @property
@@ -220,33 +213,81 @@ class RewiredModule(GraphModule):
         return f"{super(GraphModule, self).__repr__()}\n{self.code}"
 
     def recompile(self) -> Any:
-        """Generate the code of both modes anew from their graphs."""
-        model = self._live._model
-        self._marked.clear()
-        for mode, rewired in self._rewired.items() if "_memory" in self.__dict__ else ():
-            self._functions[mode] = compile_graph(rewired.graph, type(model).__name__)
-            self._programs[mode] = self._executors.outline(rewired.graph, model, rewired.wirings)
+        """Generate the code of both modes anew from their graphs, which somebody edited.
+
+        From then on no other way of calling the network is captured: the edit would be missing.
+        """
+        if "_memory" in self.__dict__:
+            self._recipe = None
+            del self._variants[1:]
+            self._variants[0].generate(self._live._model, self._executors.outline)
         return self.graph.python_code("self")
 
     def prepare_marks(self) -> None:
         """Generate the code that `re2fx.backend` traces, with the streams marked."""
-        key, rewired = (self.training, self.memory == "reversible"), self._rewired[self.training]
-        if key not in self._marked:
-            model = self._live._model
-            graph = self._executors.mark(rewired.graph, model, rewired.wirings, key[1])
-            self._marked[key] = compile_graph(graph, f"{type(model).__name__} with marks")
+        key = (self.training, self.memory == "reversible")
+        for variant in self._variants:
+            if key not in variant.marked:
+                rewired = variant.rewired[self.training]
+                model = self._live._model
+                graph = self._executors.mark(rewired.graph, model, rewired.wirings, key[1])
+                variant.marked[key] = compile_graph(graph, f"{variant.inputs.owner} with marks")
+
+    def holds(self, index: int, values: Sequence[Any] = ()) -> str | None:
+        """What is not as a variant was captured: a module, a hook or a dtype."""
+        return self._variants[index].differs(self._live._model, values)
+
+    def _held(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Variant, list[Any]] | UncapturedError:
+        """What was captured for such a call, and the call's placeholders, or why there is none."""
+        reason = None
+        compiling = torch.compiler.is_compiling()
+        if compiling and self._variants[0].members is not None:
+            visit(self._live._model)
+        for index, variant in enumerate(self._variants):
+            try:
+                values = variant.inputs.flatten(args, kwargs)
+            except UncapturedError as error:
+                reason = reason or error
+                continue
+            other = holds(self._number, index) if compiling else self.holds(index, values)
+            if other is None:
+                return variant, values
+            reason = reason or UncapturedError(other)
+        assert reason is not None, "there is at least one variant"
+        return reason
+
+    def _capture_again(self, call: Call, reason: UncapturedError) -> None:
+        """Capture what the model computes for a call."""
+        if self._recipe is None:
+            raise reason
+        model, constants = self._live._model, self._live._constants
+        new = capture_again(self._variants, self._recipe, model, constants, call, reason)
+        new.generate(model, self._executors.outline)
+        possible = [variant for variant in self._variants if not variant.replaced(model)]
+        self._variants = [*possible, new]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rewired network; takes and returns what the given model does."""
-        inputs = self._inputs.flatten(args, kwargs)
+        held = self._held(args, kwargs)
+        if isinstance(held, UncapturedError):
+            return run_uncompiled(self, Call(args, kwargs), held)
+        variant, inputs = held
         if torch.compiler.is_compiling():
+            if self._guard is not None:
+                refuse_guard(self._number)
             if traced_for_re2fx(self._number):
-                marked = self._marked[self.training, self.memory == "reversible"]
+                marked = variant.marked[self.training, self.memory == "reversible"]
                 return marked(self._live, *inputs)
-            return self._functions[self.training](self._live, *inputs)
-        if recording() or (self.memory == "reversible" and torch.is_grad_enabled()):
-            return self._programs[self.training].run(self._live, inputs)
-        return self._functions[self.training](self._live, *inputs)
+            return variant.functions[self.training](self._live, *inputs)
+        reversible = self.memory == "reversible" and torch.is_grad_enabled()
+        if self._guard is not None and reversible:
+            with self._guard.watch(self):
+                return variant.programs[self.training].run(self._live, inputs)
+        if recording() or reversible:
+            return variant.programs[self.training].run(self._live, inputs)
+        return variant.functions[self.training](self._live, *inputs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the graphs' constants along with the members; their dtypes stay."""
@@ -275,6 +316,8 @@ class RewiredModule(GraphModule):
             self._live._constants,
             self.memory,
             self._executors,
+            self._recipe,
+            tuple(self._variants[1:]),
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
         return arguments, extra
@@ -291,10 +334,20 @@ class RewiredModule(GraphModule):
 
 
 _OWN = {
-    "_rewired", "_inputs", "_executors", "_functions", "_marked", "_programs", "_live", "_memory",
+    "_executors", "_recipe", "_variants", "_live", "_memory",
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
-    "_lineno_map", "_prologue_start", "_number",
+    "_lineno_map", "_prologue_start", "_number", "_guard",
 }  # fmt: skip
+
+
+@_disable_dynamo
+def run_uncompiled(module: RewiredModule, call: Call, reason: UncapturedError) -> Any:
+    """Run a call that was not captured before, once, outside of what Dynamo compiles.
+
+    What wraps ``module.forward`` (accelerate's autocast, say) has been entered already.
+    """
+    module._capture_again(call, reason)
+    return type(module).forward(module, *call.args, **call.kwargs)
 
 
 def _rebuild(arguments: tuple[Any, ...], extra: dict[str, Any]) -> RewiredModule:

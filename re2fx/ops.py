@@ -6,6 +6,7 @@ looks further than the node itself.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from .arithmetic import is_subtraction as is_subtraction
 from .arithmetic import is_sum as is_sum
 from .arithmetic import negates as negates
 from .arithmetic import subtracts_from_second as subtracts_from_second
+from .overloads import is_check, overload, returns_view, writes
 from .shuffles import shuffles
 
 _EXTENT_ATTRIBUTES = {"shape", "ndim", "device", "is_cuda"}
@@ -60,6 +62,8 @@ _OTHER_VIEWS = _CASTS | _SLICES - {"index_select", torch.index_select} | {
     torch.real, torch.imag, torch.broadcast_to, torch.ravel, torch.as_strided, torch.hsplit,
     torch.vsplit, torch.dsplit, torch.adjoint, torch.conj, getattr,
 }  # fmt: skip
+_ASSIGNMENTS = {"fill_", "copy_", "zero_"}
+_VIEWS = _PERMUTATIONS | _RESHAPES | _OTHER_VIEWS
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 
 _ACTIVATION_MODULES = (
@@ -82,6 +86,9 @@ _NORM_CALLS = {F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.rms_
 _OUTPUT_NOT_SAVED = (
     nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm,
 )  # fmt: skip
+_OUTPUT_NOT_SAVED_CALLS = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.layer_norm, F.group_norm,
+}  # fmt: skip
 
 
 def module_of(node: Node, root: nn.Module) -> nn.Module | None:
@@ -149,18 +156,60 @@ def reads_extent_only(node: Node) -> bool:
 
 
 def is_number_op(node: Node) -> bool:
-    """Arithmetic that stays in Python numbers when its inputs are, or a ``torch._assert``."""
+    """Arithmetic that stays in Python numbers when its inputs are, a check, or ``x[i] = n``."""
+    if overload(node) is not None:
+        return is_check(node) or is_slice(node) or calls(node, _ASSIGNMENTS)
     if node.op != "call_function" or not callable(node.target):
         return False
     target: Callable[..., Any] = node.target
-    return target is torch._assert or getattr(target, "__module__", "") in _NUMBER_MODULES
+    return (
+        is_check(node)
+        or target is torch._assert
+        or getattr(target, "__module__", "") in _NUMBER_MODULES
+    )
 
 
 def switches_context(node: Node) -> bool:
     """Switches gradients, autocast or another state that later operations run under."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    words = ("set_grad_enabled", "_autocast", "_nesting", "inference_mode", "functorch")
+    words = (
+        "set_grad_enabled",
+        "grad_mode",
+        "_autocast",
+        "_nesting",
+        "inference_mode",
+        "functorch",
+    )
     return any(word in name for word in words)
+
+
+def is_pure(node: Node) -> bool:
+    """A computation known to do nothing but make its result: it neither writes nor draws."""
+    if node.op not in ("call_function", "call_method") or is_inplace(node, None):
+        return False
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        drawn = torch.Tag.nondeterministic_seeded in target.tags
+        return not (drawn or target._schema.is_mutable)
+    number = node.op == "call_function" and getattr(target, "__module__", "") in _NUMBER_MODULES
+    if number or is_sum(node) or is_product(node) or calls(node, _VIEWS | _COPIES):
+        return True
+    owner = getattr(target, "__module__", None) or "torch"
+    plain = node.op == "call_function" and owner in ("torch", "torch._functorch.predispatch")
+    plain = plain or isinstance(target, torch._ops.OpOverloadPacket)
+    return plain and "out" not in node.kwargs and _is_pure_operator(target.__name__)
+
+
+@functools.cache
+def _is_pure_operator(name: str) -> bool:
+    """Whether every form of an ATen operator only makes a result; norms may count batches."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or "norm" in name:
+        return False
+    forms = [getattr(packet, overload) for overload in packet.overloads()]
+    forms = [form for form in forms if not any(a.is_out for a in form._schema.arguments)]
+    drawn = torch.Tag.nondeterministic_seeded
+    return all(not form._schema.is_mutable and drawn not in form.tags for form in forms)
 
 
 def is_number_input(node: Node) -> bool:
@@ -177,9 +226,12 @@ def is_cast(node: Node) -> bool:
 def keeps_type(node: Node) -> bool:
     """Whether a cast returns the very tensor it was given, as ``x.to(x.dtype)``.
 
-    Only its arguments count. A graph with known types could say more, but then a model would be
-    rewired differently by the way it was captured, and in each precision.
+    By its arguments, or by the types in a graph that was captured with them. Such a graph is for
+    these types alone: with others the model is captured again.
     """
+    known = cast_types(node)
+    if known is not None:
+        return known[0] == known[1] and not _may_copy(node)
     if node.kwargs or len(node.args) != 2 or node.target not in ("to", "type_as"):
         return False
     value, like = node.args
@@ -187,6 +239,39 @@ def keeps_type(node: Node) -> bool:
         return False
     asks = calls(like, {getattr}) and like.args[0] is value
     return like is value or (asks and like.args[1] in ("dtype", "device"))
+
+
+def widens(node: Node) -> bool:
+    """Whether a cast is known to change the type, and casting back to give the very values."""
+    known = cast_types(node)
+    if known is None or known[0] == known[1] or not all(t.is_floating_point for t in known):
+        return False
+    return torch.promote_types(*known) == known[1]
+
+
+def cast_types(node: Node) -> tuple[torch.dtype, torch.dtype] | None:
+    """The types before and after a cast on one device, where they are known."""
+    value = node.args[0] if node.args else None
+    if not is_cast(node) or not isinstance(value, Node):
+        return None
+    before, after = example(value), example(node)
+    if before is None or after is None or before.device != after.device:
+        return None
+    return before.dtype, after.dtype
+
+
+def _may_copy(node: Node) -> bool:
+    """Whether a cast is told to copy, or to another layout, as any flag may say."""
+    values = (*node.args[1:], *node.kwargs.values())
+    return any(value is True or isinstance(value, torch.memory_format) for value in values)
+
+
+def type_change(node: Node) -> str:
+    """What a cast may do to a stream, in words."""
+    known = cast_types(node)
+    if known is None:
+        return f"{node.name}, which may change its type; captured by Dynamo its types are known"
+    return f"{node.name}, which turns {known[0]} into {known[1]}"
 
 
 def example(node: Node) -> torch.Tensor | None:
@@ -212,7 +297,7 @@ def permutes(node: Node) -> bool:
 
 def reshapes(node: Node) -> bool:
     """Renames dimensions without moving or repeating an element."""
-    return calls(node, _RESHAPES) and not (node.target == "view" and _has_dtype(node))
+    return calls(node, _RESHAPES) and not (calls(node, {"view"}) and _has_dtype(node))
 
 
 def copies(node: Node) -> bool:
@@ -232,6 +317,9 @@ def _has_dtype(node: Node) -> bool:
 
 def is_inplace(node: Node, root: nn.Module | None) -> bool:
     """Writes into its first argument."""
+    op = overload(node)
+    if op is not None:
+        return writes(op)
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__imul__")
@@ -270,8 +358,11 @@ def may_alias(node: Node, root: nn.Module) -> bool:
             module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         )
         return views or not builtin
-    if calls(node, _PERMUTATIONS | _RESHAPES | _OTHER_VIEWS):
+    if calls(node, _VIEWS):
         return True
+    op = overload(node)
+    if op is not None:
+        return returns_view(op) or calls(node, _DROPOUTS)
     if node.op == "call_function":
         target: Any = node.target
         owner = getattr(target, "__module__", None) or "torch"
@@ -286,7 +377,8 @@ def may_alias(node: Node, root: nn.Module) -> bool:
 
 def keeps_output(node: Node, root: nn.Module) -> bool:
     """Whether the backward of this operation may need its output unchanged."""
-    return not (is_sum(node) or isinstance(module_of(node, root), _OUTPUT_NOT_SAVED))
+    module = isinstance(module_of(node, root), _OUTPUT_NOT_SAVED)
+    return not (is_sum(node) or module or calls(node, _OUTPUT_NOT_SAVED_CALLS))
 
 
 def wrapped(node: Node) -> tuple[Node, float] | None:

@@ -43,6 +43,7 @@ class Origin:
         ddp: whether DistributedDataParallel's optimizer split the graph.
         additions: where Python itself may add tensors, in functions that Dynamo gave up on and
             that call this piece.
+        versions: how many compiled versions of the function there are already.
     """
 
     root: Any
@@ -52,6 +53,7 @@ class Origin:
     after: str | None = None
     ddp: bool = False
     additions: tuple[str, ...] = ()
+    versions: int = 0
 
     @property
     def name(self) -> str:
@@ -68,13 +70,16 @@ class Origin:
 
 def find_origin(module: GraphModule) -> Origin:
     """Look at the reason the graph ended and at the frames that led to its compilation."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # it is running already
+
     root, entered, frames = callers()
     owner, code = owner_of(root, entered), entered.f_code.co_name if entered else ""
     caller = place(frames[0].f_code.co_filename, frames[0].f_lineno) if frames else None
     additions = tuple(additions_in(frames))
+    versions = len(_debug_get_cache_entry_list(entered.f_code)) if entered else 0
     reason: Any = getattr(module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
-        return Origin(root, owner, code, caller, additions=additions)
+        return Origin(root, owner, code, caller, additions=additions, versions=versions)
     if "DDPOptimizer" in reason.reason:
         return Origin(
             root, owner, code, caller, "DistributedDataParallel's bucket boundaries", ddp=True

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .errors import CaptureError
+
 
 @dataclass(frozen=True)
 class Result:
@@ -35,6 +37,32 @@ class OutputSpec:
         number = {id(value): Result(index) for index, value in enumerate(results)}
         return cls(replaced(returned, lambda leaf: number.get(id(leaf), leaf)))
 
+    def used(self, results: Sequence[torch.Tensor]) -> list[int]:
+        """Which results are returned, in order; others are left over from side effects.
+
+        Raises:
+            CaptureError: an object that cannot be taken apart holds one of the others.
+        """
+        found: set[int] = set()
+        opaque: list[Any] = []
+
+        def note(leaf: Any) -> Any:
+            if isinstance(leaf, Result):
+                found.add(leaf.index)
+            elif hasattr(leaf, "__dict__"):
+                opaque.append(leaf)
+            return leaf
+
+        replaced(self.template, note)
+        left = {id(value) for index, value in enumerate(results) if index not in found}
+        for leaf in opaque:
+            if holds(leaf, left):
+                raise CaptureError(
+                    f"it returns a {type(leaf).__name__}, which holds tensors and which pytree "
+                    "does not know; ask it to return tensors, tuples, dicts or dataclasses"
+                )
+        return sorted(found)
+
     def strangers(self) -> list[torch.Tensor]:
         """Tensors in the template that are no results."""
         found: list[torch.Tensor] = []
@@ -46,6 +74,20 @@ class OutputSpec:
 
         replaced(self.template, note)
         return found
+
+
+def holds(value: Any, wanted: set[int], depth: int = 4) -> bool:
+    """Whether an object or what it holds, some steps deep, is one of those with some ids."""
+    if id(value) in wanted:
+        return True
+    if depth == 0 or isinstance(value, (torch.nn.Module, type)):
+        return False
+    inner = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    if isinstance(value, dict):
+        inner += value.values()
+    elif isinstance(value, (list, tuple)):
+        inner += value
+    return any(holds(item, wanted, depth - 1) for item in inner)
 
 
 def build(spec: OutputSpec, results: Sequence[Any]) -> Any:

@@ -6,7 +6,8 @@ outlive every graph it speaks of. Detection fills it; everything else reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Location:
         if not self.file:
             return self.module or "<unknown source>"
         return f"{self.file}:{self.line}"
+
+    def below(self, path: str) -> Location:
+        """The same place seen from a model that holds this one as the submodule ``path``."""
+        return replace(self, module=f"{path}.{self.module}".strip(".")) if path else self
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Residual:
         if self.side_inputs:
             words.append("side inputs")
         return ", ".join(words)
+
+    def below(self, path: str) -> Residual:
+        """The same residual seen from a model that holds this one as the submodule ``path``."""
+        return replace(self, location=self.location.below(path)) if path else self
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,10 @@ class Refusal:
     sentence: str
     location: Location
 
+    def below(self, path: str) -> Refusal:
+        """The same refusal seen from a model that holds this one as the submodule ``path``."""
+        return replace(self, location=self.location.below(path)) if path else self
+
     def __str__(self) -> str:
         return f"{self.node} ({self.location}): {self.rule}: {self.sentence}"
 
@@ -170,6 +183,31 @@ class Plan:
         return tuple(
             tuple((r.location.module, r.location.line, len(r.branches)) for r in chain.residuals)
             for chain in self.chains
+        )
+
+    def below(self, path: str) -> Plan:
+        """The same plan seen from a model that holds this one as the submodule ``path``.
+
+        Node names stay those of the submodule's own graph.
+        """
+        chains = (
+            replace(chain, residuals=tuple(r.below(path) for r in chain.residuals))
+            for chain in self.chains
+        )
+        return Plan(
+            tuple(chains),
+            tuple(refusal.below(path) for refusal in self.refusals),
+            tuple(miss.below(path) for miss in self.misses),
+        )
+
+    @classmethod
+    def merged(cls, plans: Iterable[Plan]) -> Plan:
+        """Several plans as one."""
+        plans = list(plans)
+        return cls(
+            tuple(chain for plan in plans for chain in plan.chains),
+            tuple(refusal for plan in plans for refusal in plan.refusals),
+            tuple(miss for plan in plans for miss in plan.misses),
         )
 
     def __str__(self) -> str:

@@ -29,11 +29,13 @@ class Policy:
         min_chain: number of residuals from which on a chain is rewired.
         min_saving: bytes that reconstructing a chain must save: a whole number, or as a fraction
             of what it keeps when stored.
+        below: path of the submodule that is rewired by itself; paths are those of the model.
     """
 
     select: Select | None = None
     min_chain: int = 2
     min_saving: int | float | None = None
+    below: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select", _checked_select(self.select))
@@ -55,6 +57,7 @@ class Policy:
 
     def deselects(self, residual: Residual) -> str | None:
         """Why a residual is not selected, or None if it is."""
+        residual = residual.below(self.below)
         path = residual.location.module
         where = path or "the model itself"
         if self.select is None:

@@ -87,10 +87,14 @@ class Program:
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
         calls: dict[int, ChainCall] = {}
         result: Any = None
-        for step, frees in zip(self.steps, self.frees, strict=True):
-            result = self._do(step, root, values, calls)
-            for slot in frees:
-                values[slot] = None
+        try:
+            for step, frees in zip(self.steps, self.frees, strict=True):
+                result = self._do(step, root, values, calls)
+                for slot in frees:
+                    values[slot] = None
+        finally:
+            for call in calls.values():  # none, unless a step raised
+                call.abandon()
         return result
 
     def _do(self, step: Step, root: Any, values: list[Any], calls: dict[int, ChainCall]) -> Any:

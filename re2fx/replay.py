@@ -1,8 +1,9 @@
 """What a branch's result depends on besides its inputs, remembered so that it can be run again.
 
 Random number generators, autocast, buffers that a forward moves (batch-norm statistics, the power
-iteration of a spectral norm), and the parameters' versions. Everything is put back afterwards: a
-rerun leaves no trace in the global state, in the buffers or in the random stream.
+iteration of a spectral norm), hooks that only look, and the parameters' versions. Everything is put
+back afterwards: a rerun leaves no trace in the global state, in the buffers or in the random
+stream.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from .errors import ReplayError
+from .observers import Observers
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Lookup:
     """
 
     def __init__(self, targets: Iterable[str]) -> None:
-        self._targets = tuple(targets)
+        self.targets = tuple(targets)
         self._root: Any = None
         self._places: list[tuple[Modules, str, nn.Module]] | None = None
         self._owners: list[tuple[str, nn.Module]] = []
@@ -133,10 +135,14 @@ class Lookup:
                 members.tensors.append((target, value))
         return members
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that were found, each once."""
+        yield from {id(module): module for _, _, module in self._places or ()}.values()
+
     def _resolve(self, root: Any) -> None:
         """Walk the dotted names: whole modules, or single parameters and buffers."""
         self._root, self._places, self._owners, self._single = root, [], [], []
-        for target in self._targets:
+        for target in self.targets:
             owner, name = root, target
             while "." in name:
                 head, name = name.split(".", 1)
@@ -178,6 +184,7 @@ class Ambient:
         self.device = device
         self._lookup = lookup
         self.members = lookup.members(root)
+        self.observers = Observers(lookup.modules())
         self.versions = [parameter._version for _, parameter in self.members.parameters]
         self._before = [(b.clone(), b._version) for _, _, b in self.members.buffers]
         self.earlier: dict[tuple[int, str], torch.Tensor] = {}
@@ -244,6 +251,7 @@ class Ambient:
         now = Generators(self.device)
         swapped: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
         with ExitStack() as stack:
+            stack.enter_context(self.observers.left_out())
             for autocast in self.autocasts:
                 stack.enter_context(autocast.restored(cache=autocast.cache and record))
             try:

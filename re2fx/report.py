@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,16 +23,22 @@ from .coupling import Coupling, Readout
 from .errors import InputError, OptionError, Re2fxError
 from .fake import Fakes, fake_twin
 from .footprint import ChainBytes, Kept, Report
+from .given import as_module
 from .inputs import split
 from .module import RewiredModule
 from .parts import part_rows
+from .piecewise import PiecewiseModule
 from .plan import Plan
+from .policy import Policy, Select
 from .tally import Place, mark_places
 from .text import count, render_misses
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 
 def report(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any,
     *,
     measure: bool = False,
@@ -41,6 +47,10 @@ def report(
     readout: Readout = "mean",
     activation: str = "branch",
     leaves: Leaves = (),
+    capture: str = "auto",
+    select: Select | None = None,
+    min_chain: int = 2,
+    min_saving: int | float | None = None,
 ) -> Report:
     """Predict what training keeps for the backward, without running or allocating the model.
 
@@ -49,7 +59,7 @@ def report(
     on tensors without data.
 
     Args:
-        model: any module; it is not changed. One on ``meta``, or on a device that
+        model: as for `transform`; it is not changed. One on ``meta``, or on a device that
             this machine lacks, is taken to be on the CPU.
         example_inputs: as for `transform`; tensors may be on ``meta`` or fake.
         measure: also run it for real, and report what was kept then.
@@ -58,6 +68,10 @@ def report(
         readout: as for `transform`.
         activation: as for `transform`.
         leaves: as for `transform`.
+        capture: as for `transform`.
+        select: as for `transform`.
+        min_chain: as for `transform`.
+        min_saving: as for `transform`.
 
     Returns:
         a `Report` in bytes. If nothing can be rewired it has the plain column and the reason.
@@ -67,9 +81,11 @@ def report(
         InputError: the inputs do not fit the model.
         CaptureError: what the model keeps depends on the values of tensors.
     """
-    options = Options(coupling or Coupling.re2tal(), readout, activation, "reversible")
+    model = as_module(model)
+    policy = Policy(select, min_chain, min_saving)
+    options = Options(coupling or Coupling.re2tal(), readout, activation, "reversible", policy)
     _check(model, example_inputs, measure)
-    route = _route(model, example_inputs, options, leaves)
+    route = _route(model, example_inputs, options, leaves, capture)
     fakes = Fakes()
     twin = in_training(fake_twin(model, fakes))
     arguments = fakes.tree(split(example_inputs))
@@ -80,7 +96,7 @@ def report(
 
 def _check(model: nn.Module, example_inputs: Any, measure: bool) -> None:
     """What no report can be made of."""
-    if isinstance(model, RewiredModule):
+    if isinstance(model, (RewiredModule, PiecewiseModule)):
         raise OptionError(
             f"{type(model).__name__} is rewired already; report the model it was made of"
         )
@@ -109,11 +125,13 @@ def _has_data(tensor: torch.Tensor) -> bool:
 # how the model can be rewired
 
 
-def _route(model: nn.Module, example_inputs: Any, options: Options, leaves: Leaves) -> Route:
+def _route(
+    model: nn.Module, example_inputs: Any, options: Options, leaves: Leaves, capture: str
+) -> Route:
     """Go as far as the model lets one; every way that ends has its reason."""
     try:
-        captured = capture_model(model, example_inputs, options.activation, leaves, "auto")
-    except InputError:
+        captured = capture_model(model, example_inputs, options.activation, leaves, capture)
+    except (InputError, OptionError):
         raise
     except Re2fxError as error:
         return Route(reason=str(error))

@@ -45,7 +45,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from .coupling import Coupling
-from .errors import ReplayError, StreamError
+from .errors import ReplayError, StoredOnlyError, StreamError
 from .layout import Relayout, restrided
 from .replay import Ambient, Lookup
 
@@ -135,6 +135,7 @@ class ChainCall:
     """
 
     def __init__(self, root: Any, start: torch.Tensor, before: torch.Tensor | None = None) -> None:
+        _check_transforms()
         self.root = root
         self.records: list[Record] = []
         self.output: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -167,7 +168,7 @@ class ChainCall:
             record.saved.append(_meta(tensor))
             return Handle(self, index, len(record.saved) - 1)
 
-        with saved_tensors_hooks(pack, _unpack):
+        with saved_tensors_hooks(pack, _unpack), record.ambient.observers.noted(record.saved):
             branch = frame.branch(self.root, current, *sides)
         record.ambient.settle(self.root)
         following: torch.Tensor = frame.coupling.step(current, previous, branch)
@@ -213,6 +214,13 @@ class ChainCall:
         """End the forward: keep the last two stream states and nothing else."""
         current, previous = self.streams
         self.output = (current.detach(), previous.detach())
+        self._streams = None
+
+    def abandon(self) -> None:
+        """End a forward that raised.
+
+        The streams hold the autograd graph, which holds this call: a cycle that nobody collects.
+        """
         self._streams = None
 
     # backward
@@ -408,6 +416,22 @@ def _recall(sides: list[Any], name: str) -> list[Any]:
         return side.tensor.detach().requires_grad_(side.needs_grad)
 
     return [pytree.tree_map(value, side) for side in sides]
+
+
+def _check_transforms() -> None:
+    """Refuse a transform of torch.func that saves tensors: it does not run hooks on them.
+
+    Raises:
+        StoredOnlyError: before anything has run.
+    """
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Grad for level in levels):
+        raise StoredOnlyError(
+            "torch.func's grad, vjp, jacrev and hessian do not support the saved-tensor hooks by "
+            "which a reversible network keeps nothing. Set memory='store' on the rewired module "
+            "for this call (the same network and parameters), or use torch.autograd.grad; vmap and "
+            "jvp work as it is."
+        )
 
 
 def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], name: str) -> None:

@@ -23,7 +23,7 @@ def inverse(node: Node) -> Graph:
     graph = Graph()
     stream = graph.placeholder("stream")
     rest, named = list(node.args[1:]), dict(node.kwargs)
-    if node.target in _ROLLS:
+    if calls(node, _ROLLS):
         if rest:
             rest[0] = negated(rest[0])
         else:

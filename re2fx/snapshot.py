@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .distance import same
+from .module import RewiredModule
 
 SCALARS = (bool, int, float, str, type(None))
 
@@ -82,7 +83,8 @@ class Snapshot:
     def _places(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every dictionary of attributes or buffers, with its module's path."""
         for path, module in self._root.named_modules():
-            yield path, vars(module)
+            # Of a rewired module, what the given one holds: its own attributes are the executor's.
+            yield path, vars(module._live._model if isinstance(module, RewiredModule) else module)
             yield path, module._buffers
         yield "", self._constants
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .errors import Re2fxWarning
+from .errors import OptionError, Re2fxWarning
 
 BACKENDS = ("re2fx.backend", "re2fx.emitted")
 
@@ -56,8 +56,34 @@ def traced_for_re2fx(number: int) -> bool:
     return False
 
 
+def holds(number: int, index: int) -> str | None:
+    """What is not as a variant was captured: a module, a hook or a dtype.
+
+    Dynamo guards the dtypes and autocast by itself.
+
+    Args:
+        number: the module's, from `register`.
+        index: of the variant.
+    """
+    reason: str | None = _modules[number].holds(index)
+    return reason
+
+
+def refuse_guard(number: int) -> None:
+    """Say that a `DriftGuard` sees nothing of compiled code.
+
+    Raises:
+        OptionError: always.
+    """
+    raise OptionError(
+        f"{type(_modules[number]).__name__}: a DriftGuard watches the eager executor only. Detach "
+        "it before the module is compiled, and check with re2fx.verify from time to time."
+    )
+
+
 # What torch.compiler.assume_constant_result sets; calling it would import the compiler.
-setattr(traced_for_re2fx, "_dynamo_marked_constant", True)
+for _function in (traced_for_re2fx, holds, refuse_guard):
+    setattr(_function, "_dynamo_marked_constant", True)
 
 
 def _output_graph() -> Any:

@@ -29,6 +29,7 @@ from .findings import Verification
 from .inputs import bind, split
 from .judgement import judge
 from .module import Memory, RewiredModule
+from .piecewise import Numbering, PiecewiseModule, pieces_of
 from .program import calls_made_by
 from .runtime import ChainCall
 from .snapshot import Snapshot, changed
@@ -73,7 +74,7 @@ def verify(
         OptionError: ``rev`` is not rewired, or the loss is not a scalar that can be differentiated.
         ConditioningError: ``rev`` has a coupling that cannot be reversed.
     """
-    if not isinstance(rev, RewiredModule):
+    if not isinstance(rev, (RewiredModule, PiecewiseModule)):
         raise OptionError(
             f"{type(rev).__name__} is not rewired, so there is nothing to verify. Pass what "
             "re2fx.transform returned (of a wrapped or compiled module, the one inside)."
@@ -82,7 +83,7 @@ def verify(
     with subject.borrowed():
         evidence = subject.examine(Precision.of(rev, subject.leaves, tolerance))
         return Verification(
-            type(rev._live._model).__name__,
+            subject.name,
             f"{'train' if rev.training else 'eval'} mode, {subject.device}, {evidence.precision}",
             evidence.precision.tolerance,
             judge(evidence),
@@ -96,44 +97,56 @@ class Subject:
     """A rewired module with the data of one step."""
 
     def __init__(
-        self, rev: RewiredModule, example_inputs: Any, loss: Loss, input_gradients: bool
+        self,
+        rev: RewiredModule | PiecewiseModule,
+        example_inputs: Any,
+        loss: Loss,
+        input_gradients: bool,
     ) -> None:
         self.rev, self.loss = rev, loss
+        self.name, self._signature = entrance(rev)
+        self.chains = Numbering(rev)
         self.parameters = {n: p for n, p in rev.named_parameters() if p.requires_grad}
-        self._arguments = bind(rev._inputs.owner, rev._inputs.signature, *split(example_inputs))
+        self._arguments = bind(self.name, self._signature, *split(example_inputs))
         self._every = input_gradients
         self.leaves = tensors_in(self._arguments)
         tensors = [*self.leaves, *rev.parameters(), *rev.buffers()]
         self._devices = {tensor.device for tensor in tensors}
         self.device = shorten(sorted({device.type for device in self._devices}))
         self.trials: list[Trial] = []
+        self.calls = 0
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
         """Everything is put back when the block ends."""
-        live, memory = self.rev._live, self.rev.memory
-        self.snapshot = Snapshot(live._model, live._constants, self._devices)
+        memories = [(piece, piece.memory) for piece in pieces_of(self.rev).values()]
+        constants = {
+            f"{number}.{name}": value
+            for number, (piece, _) in enumerate(memories)
+            for name, value in piece._live._constants.items()
+        }
+        model = self.rev._live._model if isinstance(self.rev, RewiredModule) else self.rev
+        self.snapshot = Snapshot(model, constants, self._devices)
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
-            self.rev._memory = memory
             self.snapshot.restore()
+            for piece, memory in memories:
+                piece._run_as(memory)
             torch.clear_autocast_cache()  # weights cast here belong to no later step
 
     def examine(self, precision: Precision) -> Evidence:
         """Run what is needed to judge."""
-        locations = tuple(
-            tuple(residual.location for residual in chain.residuals)
-            for chain in self.rev.plan.chains
-        )
         self.rev.memory = "reversible"  # raises if it cannot be
         stored = self.step("store")
         unsteady = Unsteady.of(stored, self.step("store"), precision)
         reversible = self.attempt("reversible")
         self.watch(reversible)
         trials = tuple(self.trials)
-        evidence = Evidence(precision, locations, stored, reversible, trials, unsteady)
+        evidence = Evidence(
+            precision, self.chains.locations, stored, reversible, trials, unsteady, self.calls
+        )
         if evidence.unexplained and evidence.reconstructed:
             evidence.pinned = self.pinned()
         return evidence
@@ -169,12 +182,14 @@ class Subject:
 
     def pinned(self) -> Step:
         """Stored execution with each branch differentiated at its reconstructed input."""
-        inputs = {trial.number: trial.inputs for trial in self.trials}
+        waiting = list(self.trials)  # a step makes its calls in one order
 
         def make(number: int, root: Any, *starts: torch.Tensor) -> ChainCall:
-            if root is not self.rev._live:
+            number = self.chains.of(root, number)
+            place = next((i for i, trial in enumerate(waiting) if trial.number == number), None)
+            if place is None:
                 return ChainCall(root, *starts)
-            return Pinned(inputs[number], root, *starts)
+            return Pinned(waiting.pop(place).inputs, root, *starts)
 
         return self.attempt("store", calls_made_by(make))
 
@@ -182,8 +197,9 @@ class Subject:
         """A forward whose chains examine themselves; it may fail as the reversible step failed."""
 
         def make(number: int, root: Any, *starts: torch.Tensor) -> ChainCall:
-            if root is not self.rev._live:  # a rewired module inside this one
+            if root not in self.chains:  # a rewired module inside another
                 return ChainCall(root, *starts)
+            number, self.calls = self.chains.of(root, number), self.calls + 1
             return Watched(number, self.why, self.trials, root, *starts)
 
         try:
@@ -192,6 +208,7 @@ class Subject:
         except torch.OutOfMemoryError:
             raise
         except Exception:
+            self.calls = -1  # nobody knows how many there would have been
             if reversible.error is None:
                 raise
 
@@ -212,7 +229,7 @@ class Subject:
             return leaf
 
         values = pytree.tree_map_with_path(fresh, self._arguments)
-        given = inspect.BoundArguments(self.rev._inputs.signature, values)
+        given = inspect.BoundArguments(self._signature, values)
         return self.rev(*given.args, **given.kwargs), leaves
 
     def why(self, run: Callable[[], Any]) -> str:
@@ -232,6 +249,13 @@ class Subject:
             for kind in {"cpu", *(device.type for device in self._devices)} - {"meta"}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
+
+
+def entrance(rev: RewiredModule | PiecewiseModule) -> tuple[str, inspect.Signature]:
+    """The name of a model's class, and the arguments it takes."""
+    if isinstance(rev, RewiredModule):
+        return rev._inputs.owner, rev._inputs.signature
+    return type(rev).__name__, inspect.signature(rev.forward)
 
 
 def weighted(output: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 
 from .coupling import Coupling
 from .dynamo import Lifted
-from .errors import CaptureError, Re2fxError
+from .errors import CaptureError, OptionError, Re2fxError
 from .fake import Fakes, fake_twin, predicting
 from .graph import Flow, copy_graph
 from .inputs import InputSpec, split
 from .module import LiveRoot
+from .overloads import argument, overload
 from .passes.cleanup import cleanup
 from .passes.outline import outline
 from .passes.rewire import rewire
@@ -195,7 +196,9 @@ def trained(model: nn.Module) -> nn.Module:
     """The model in train mode with every parameter trained."""
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    return model.train()
+    with suppress(OptionError):  # an exported program has one mode
+        model.train()
+    return model
 
 
 def train_mode(graph: Graph) -> Graph:
@@ -212,7 +215,10 @@ def train_mode(graph: Graph) -> Graph:
 
 
 def training_argument(node: Node) -> int | None:
-    """Where a function of `torch.nn.functional` takes its training flag."""
+    """Where an operator or a function of `torch.nn.functional` takes its training flag."""
+    op = overload(node)
+    if op is not None:
+        return argument(op, "train", "training")
     function = node.target
     if node.op != "call_function" or not inspect.isfunction(function):
         return None

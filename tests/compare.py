@@ -38,7 +38,7 @@ def step(
     model: nn.Module, memory: str, *inputs: Any, loss: Loss = weighted, seed: int = 0
 ) -> Outcome:
     """Forward and backward from a given random state; buffers are put back afterwards."""
-    assert isinstance(model, re2fx.RewiredModule)
+    assert isinstance(model, (re2fx.RewiredModule, re2fx.PiecewiseModule))
     model.memory = memory  # type: ignore[assignment]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.zero_grad(set_to_none=True)
@@ -80,7 +80,7 @@ def assert_same(got: Outcome, expected: Outcome, tolerance: float) -> None:
         gradient = got.gradients[name]
         assert (gradient is None) == (reference is None), name
         if gradient is not None and reference is not None:
-            scale = max(float(reference.norm()), 1e-6 * largest)
+            scale = max(float(reference.norm()), 1e-6 * largest) or 1.0
             error = float((gradient - reference).norm()) / scale
             assert error <= tolerance, f"{name}: {error:.2g}"
     for name, buffer in expected.buffers.items():

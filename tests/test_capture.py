@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -119,16 +120,24 @@ def test_optional_arguments_are_fixed_or_captured() -> None:
     a, b = clips()
     mask = torch.randn(3, 3, dtype=torch.float64)
     rev = re2fx.transform(Clips().double(), (a, b))
+    given: re2fx.RewiredModule = copy.deepcopy(rev)  # type: ignore[assignment]
+    given.recompile()  # as if edited, so that nothing is captured again
     with pytest.raises(re2fx.InputError, match="mask=None and called with another value"):
-        rev(a, b, mask)
+        given(a, b, mask)
     masked = re2fx.transform(Clips().double(), {"clips": a, "extra": b, "mask": mask})
     assert_reversible_equals_store(masked, a, b, mask)
+    masked.load_state_dict(rev.state_dict())
+    torch.testing.assert_close(rev(a, b, mask), masked(a, b, mask))
+    torch.testing.assert_close(masked(a, b), rev(a, b))
+    masked.recompile()  # type: ignore[operator]
+    masked = copy.deepcopy(masked)
     with pytest.raises(re2fx.InputError, match="a tensor for mask and called with None"):
         masked(a, b)
 
 
 def test_wrong_inputs_are_named() -> None:
     rev = re2fx.transform(Clips().double(), clips())
+    rev.recompile()  # type: ignore[operator]
     a, b = clips()
     with pytest.raises(re2fx.InputError, match="another structure"):
         rev([*a, a[0]], b)

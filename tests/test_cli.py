@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from re2fx import cli
+from re2fx import cli, cli_options
 
 ROOT = Path(__file__).parent.parent
 NET = f"{__name__.rpartition('.')[0]}.models:Net"
@@ -61,6 +61,7 @@ def test_errors_are_messages_on_standard_error(capfd: pytest.CaptureFixture[str]
         ["explain"],
         ["explain", NET, "--nothing"],
         ["diff", NET, "--coupling", "b"],
+        ["report", NET, "--input", "16,4", "--min-saving", "much"],
     ],
 )
 def test_what_is_not_understood_is_exit_code_two(
@@ -79,7 +80,40 @@ def test_help_names_every_command_and_option(capfd: pytest.CaptureFixture[str]) 
     for command in commands:
         code, out, _ = run(capfd, command, "-h")
         assert code == 0
-        assert "--input" in out
+        options = ("--input", "--leaf", "--capture", "--select", "--min-chain", "--min-saving")
+        assert all(option in out for option in options)
+
+
+CHOICES: list[tuple[list[str], list[int]]] = [
+    ([], [6]),
+    (["--select", "blocks.[1-4]"], [4]),
+    (["--select", "blocks.*", "--select", "!blocks.2"], [2, 3]),
+    (["--select", "!blocks.2", "--min-chain", "3", "--capture", "dynamo"], [3]),
+    (["--min-saving", "0.05"], [6]),
+]
+
+
+@pytest.mark.parametrize(("options", "residuals"), CHOICES, ids=str)
+def test_what_is_rewired(
+    capfd: pytest.CaptureFixture[str], options: list[str], residuals: list[int]
+) -> None:
+    """The same for every command, as for the functions."""
+    arguments = (f"{NET}?depth=6", "--input", "256,4", "--json", *options)
+    _, out, _ = run(capfd, "explain", *arguments)
+    assert json.loads(out)["rewired"] == sum(residuals)
+    _, out, _ = run(capfd, "report", *arguments)
+    assert [chain["residuals"] for chain in json.loads(out)["chains"]] == residuals
+    _, out, _ = run(capfd, "verify", *arguments)
+    assert json.loads(out)["verdict"] == "ok"
+    assert [len(chain["blocks"]) for chain in json.loads(out)["chains"]] == residuals
+
+
+def test_nothing_saves_enough(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = (NET, "--input", "16,4", "--min-saving", "1000000000000")
+    assert run(capfd, "explain", *arguments)[0] == 1
+    code, _, err = run(capfd, "diff", *arguments)
+    assert code == 2
+    assert "NoResidualError" in err
 
 
 def test_demo(capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +134,7 @@ def test_demo(capfd: pytest.CaptureFixture[str]) -> None:
     [("re2tal", (0, 1, 1)), ("consistent:0.5", (0.5, 0.5, 1.5)), ("0.5,0.5,1", (0.5, 0.5, 1))],
 )
 def test_couplings(text: str, coefficients: tuple[float, ...]) -> None:
-    coupling = cli.read_coupling(text)
+    coupling = cli_options.read_coupling(text)
     assert (coupling.a, coupling.b, coupling.c) == coefficients
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,15 @@ def lines(page: Any) -> int:
     return int(page.get_attribute("#rows", "aria-rowcount"))
 
 
+def settles(page: Any, wanted: Callable[[int], bool]) -> bool:
+    """Whether the number of lines becomes what is wanted; the page draws when it has time."""
+    for _ in range(200):
+        if wanted(lines(page)):
+            return True
+        page.wait_for_timeout(25)
+    return False
+
+
 def here(page: Any) -> str:
     """Text of the current line."""
     return str(page.inner_text("#rows .here"))
@@ -145,9 +154,9 @@ def test_modules_fold_and_unfold(open_page: Any) -> None:
     block = page.locator(".row.section", has_text="blocks.0").first
     assert block.get_attribute("aria-expanded") == "true"
     block.click()
-    assert lines(page) < before
+    assert settles(page, lambda number: number < before)
     page.locator(".row.section", has_text="blocks.0").first.click()
-    assert lines(page) == before
+    assert settles(page, lambda number: number == before)
     # The middle blocks are rewired alike and stand as one entry.
     alike = page.locator(".row.section.alike").first
     alike.scroll_into_view_if_needed()
@@ -162,7 +171,7 @@ def test_unchanged_runs_are_folded_until_opened(open_page: Any) -> None:
     assert before < 5000
     quiet = page.locator(".row.section[aria-expanded=false]").first
     quiet.click()
-    assert lines(page) > before
+    assert settles(page, lambda number: number > before)
 
 
 def test_search_steps_through_hits(open_page: Any) -> None:
@@ -197,10 +206,10 @@ def test_keys_step_through_changes(open_page: Any) -> None:
     assert here(page) == seen[4]
     before = lines(page)
     page.keyboard.press("f")
-    assert lines(page) < before
+    assert settles(page, lambda number: number < before)
     assert page.get_attribute("#rows .here", "aria-expanded") == "false"
     page.keyboard.press("f")
-    assert lines(page) == before
+    assert settles(page, lambda number: number == before)
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     page.keyboard.press("Escape")
@@ -315,7 +324,7 @@ def test_steps_are_chosen(open_page: Any) -> None:
     assert "0 added" in page.inner_text("#summary")
     assert not page.locator("#wiring").is_visible()
     page.click("[role=tab] >> nth=2")
-    assert lines(page) == everything
+    assert settles(page, lambda number: number == everything)
     assert page.locator("#wiring").is_visible()
 
 

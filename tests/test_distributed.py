@@ -18,6 +18,9 @@ from re2fx.passes.reverse import reverse
 
 from .models import Net
 
+# One worker, so that the ranks are started once.
+pytestmark = pytest.mark.xdist_group("ranks of all ways")
+
 RANKS = 2
 
 # MiB; one block of the network has about 2.3 KiB of parameters.

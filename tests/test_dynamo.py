@@ -310,6 +310,11 @@ def test_a_function_around_a_model_shows_in_the_paths() -> None:
         ("L['model']", "model"),
         ("G['net'].head", "net.head"),
         ("blocks.0", "blocks.0"),
+        ("L['self']._modules['blocks']._modules['0']", "blocks.0"),
+        (
+            "L['self'].__dict__['_modules']['blocks'].__dict__['_modules']['0'].norm",
+            "blocks.0.norm",
+        ),
     ],
 )
 def test_module_paths(given: str, path: str) -> None:

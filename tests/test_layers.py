@@ -10,9 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOORS = {"api", "backend", "emitted", "cli", "diff", "columns", "report", "weigh", "__init__"}
+DOORS = {
+    "api",
+    "backend",
+    "emitted",
+    "cli",
+    "diff",
+    "columns",
+    "report",
+    "weigh",
+    "zoo",
+    "__init__",
+}
 GROUND = sorted(p for p in (ROOT / "re2fx").glob("*.py"))
 DIFF = sorted((ROOT / "re2fx" / "diff").glob("*.py"))
+ZOO = sorted(p for p in (ROOT / "re2fx" / "zoo").glob("*.py"))
 PASSES = sorted(p for p in (ROOT / "passes").glob("*.py") if p.name != "__init__.py")
 
 
@@ -58,6 +70,11 @@ def test_diff_stands_on_the_ground(path: Path) -> None:
     assert not names & (DOORS - {"diff"}), "diff imports another door"
 
 
+@pytest.mark.parametrize("path", GROUND, ids=lambda p: p.stem)
+def test_only_the_command_opens_the_zoo(path: Path) -> None:
+    assert "zoo" not in own_modules(imported(path), "re2fx") or path.stem == "cli"
+
+
 @pytest.mark.parametrize("name", ["program", "runtime", "replay", "layout", "coupling"])
 def test_the_runtime_knows_no_fx(name: str) -> None:
     names = imported(ROOT / "re2fx" / f"{name}.py")
@@ -85,5 +102,5 @@ def test_passes_cannot_be_imported_twice() -> None:
 
 
 def test_every_file_says_what_it_is() -> None:
-    for path in (*GROUND, *DIFF, *PASSES):
+    for path in (*GROUND, *DIFF, *ZOO, *PASSES):
         assert ast.get_docstring(ast.parse(path.read_text())), path

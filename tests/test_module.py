@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -45,6 +47,22 @@ def rewired(model: nn.Module) -> re2fx.RewiredModule:
     rev = re2fx.transform(model)
     assert isinstance(rev, re2fx.RewiredModule)
     return rev
+
+
+@pytest.mark.parametrize("route", ["symbolic", "dynamo"])
+def test_a_model_nobody_holds_is_freed_at_once(route: str) -> None:
+    """A cycle would keep its parameters until the next full collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = Net(2)
+        rev = re2fx.transform(model, X, capture=route)
+        rev(X).sum().backward()
+        alive = weakref.ref(model), weakref.ref(rev)
+        del model, rev
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_train_and_eval_graphs_switch() -> None:

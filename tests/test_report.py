@@ -647,3 +647,38 @@ def test_parts_are_few_and_lose_nothing() -> None:
 )  # fmt: skip
 def test_sizes(number: int | None, text: str) -> None:
     assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "residuals"),
+    [
+        ({}, [6]),
+        ({"select": "blocks.[1-4]"}, [4]),
+        ({"select": ["blocks.*", "!blocks.2"]}, [2, 3]),
+        ({"select": ["blocks.*", "!blocks.2"], "min_chain": 3}, [3]),
+        ({"min_saving": 1 << 40}, []),
+        ({"min_saving": 0.1}, [6]),
+        ({"capture": "dynamo"}, [6]),
+    ],
+    ids=str,
+)
+def test_what_is_rewired_is_as_for_transform(options: Any, residuals: list[int]) -> None:
+    x = torch.randn(BATCH, 4)
+    found = report(Net(6), x, **options)
+    assert [chain.residuals for chain in found.chains] == residuals
+
+
+def test_the_route_is_as_for_transform() -> None:
+    class Sized(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.shape[0] > 2 else -x)
+
+    x = torch.randn(BATCH, 4)
+    assert report(Sized(3), x).chains
+    stopped = report(Sized(3), x, capture="symbolic")
+    assert not stopped.chains
+    assert "control flow" in stopped.reason
+    with pytest.raises(re2fx.OptionError, match="capture='trace'"):
+        report(Sized(3), x, capture="trace")
+    with pytest.raises(re2fx.OptionError, match="min_chain=1"):
+        report(Sized(3), x, min_chain=1)

@@ -16,7 +16,7 @@ import re2fx
 from re2fx.outputs import OutputSpec, build
 
 from .compare import assert_reversible_equals_store
-from .models import Net
+from .models import ConvNet, Net
 
 X = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Pair = namedtuple("Pair", ["first", "second"])
@@ -119,10 +119,52 @@ def test_sizes_may_vary(shape: tuple[int, ...]) -> None:
         (torch.randn(5, 4).double(), "3 dimensions"),
     ],
 )
-def test_other_sizes_are_refused(x: Tensor, message: str) -> None:
+def test_other_sizes_are_no_case_for_the_graph(x: Tensor, message: str) -> None:
     rev = re2fx.transform(model(), X)
+    rev.recompile()  # type: ignore[operator] # as if edited
     with pytest.raises(re2fx.InputError, match=message):
         rev(x)
+
+
+class Doubled(Branching):
+    """One input is twice as long as the other."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        if y.shape[1] != 2 * x.shape[1]:
+            return x
+        out: Tensor = self.net(x + y[:, ::2])
+        return out
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_sizes_that_depend_on_each_other(swapped: bool) -> None:
+    class Order(Doubled):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(b, a) if swapped else super().forward(a, b)
+
+    def order(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (y, x) if swapped else (x, y)
+
+    given = Order().double()
+    x, y = X, torch.cat([X, X], 1)
+    rev, reference = re2fx.transform(given, order(x, y)), re2fx.transform(given.net)
+    torch.testing.assert_close(rev(*order(x, y)), reference(x + y[:, ::2]))
+    longer = torch.cat([x, x[:, :2]], 1)
+    double = torch.cat([longer, longer], 1)
+    torch.testing.assert_close(rev(*order(longer, double)), reference(longer + double[:, ::2]))
+    rev.recompile()  # type: ignore[operator]
+    with pytest.raises(re2fx.InputError):
+        rev(*order(longer, y))
+
+
+def test_sizes_that_a_pooling_depends_on() -> None:
+    """Dynamo asks whether sizes are unequal, which is written ``Ne(a, b)``."""
+    torch.manual_seed(0)
+    given = nn.Sequential(nn.MaxPool2d(3, 2, 1), ConvNet()).double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    rev, reference = re2fx.transform(given, x, capture="dynamo"), re2fx.transform(given)
+    for part in (x, x[:3], x[..., :7], x[..., :6, :]):
+        torch.testing.assert_close(rev(part), reference(part), rtol=0, atol=1e-12)
 
 
 def test_optional_arguments_are_those_of_the_example() -> None:
@@ -132,6 +174,7 @@ def test_optional_arguments_are_those_of_the_example() -> None:
     assert got.hidden[0] is got.hidden[1]
     plain = re2fx.transform(given, X)
     torch.testing.assert_close(got.logits, plain(X).logits)
+    plain.recompile()  # type: ignore[operator]
     with pytest.raises(re2fx.InputError, match="mask"):
         plain(X, mask=mask)
 
@@ -324,9 +367,11 @@ def test_hooks_are_captured_where_tracing_would_lose_them() -> None:
     given = Net(3).double()
     given.blocks[1].register_forward_hook(double)
     rev = re2fx.transform(given, X)
+    with_hook = rev(X)
     given.blocks[1]._forward_hooks.clear()
     plain = re2fx.transform(given, X)
-    assert not torch.allclose(rev(X), plain(X))
+    assert not torch.allclose(with_hook, plain(X))
+    torch.testing.assert_close(rev(X), plain(X))
     given.blocks[1].register_forward_hook(double)
     with pytest.warns(re2fx.Re2fxWarning, match=r"hooks registered on blocks\.1 will not run"):
         re2fx.transform(given)
@@ -342,7 +387,7 @@ def test_a_forward_that_assigns_to_the_model_is_no_case_for_dynamo() -> None:
 
     given = Assigning().double()
     with pytest.raises(re2fx.CaptureError, match=r"assigns tensors to Assigning\.last"):
-        re2fx.transform(given, X)
+        re2fx.transform(given, X, capture="dynamo")
     assert "last" not in vars(given)
 
 
@@ -401,3 +446,49 @@ def test_outputs(make: Any) -> None:
     replaced(got, leaves.append)
     assert any(leaf is c for leaf in leaves)
     assert not any(leaf is a for leaf in leaves)
+
+
+class Cache:
+    """No container that pytree knows."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+
+class Caching(nn.Module):
+    """Collects keys on its way, and returns them or not."""
+
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.mixes = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.returned = returned
+
+    def forward(self, x: Tensor, cache: Any = None) -> Any:
+        if len(x) > 100:
+            return x
+        cache = Cache()
+        for mix in self.mixes:
+            key = mix(x)
+            cache.keys.append(key)
+            x = x + torch.tanh(key)
+        return (x, cache) if self.returned else x
+
+
+def test_what_is_not_returned_is_no_output() -> None:
+    rev = re2fx.transform(Caching(False).double(), X, capture="dynamo")
+    assert [len(chain) for chain in rev.plan.chains] == [3]  # type: ignore[union-attr]
+    assert_reversible_equals_store(rev, X)
+    with pytest.raises(re2fx.CaptureError, match=r"it returns a Cache, which holds tensors"):
+        re2fx.transform(Caching(True).double(), X, capture="dynamo")
+
+
+def test_a_returned_value_of_a_branch_is_said_to_be_returned() -> None:
+    class Telling(Caching):
+        def forward(self, x: Tensor, cache: Any = None) -> Any:
+            x, cache = super().forward(x)
+            return x, cache.keys
+
+    model = Telling(True).double()
+    refusals = re2fx.explain(model, X, capture="dynamo").plan.refusals
+    assert {refusal.rule for refusal in refusals} == {"branch used outside"}
+    assert "the model returns a value from inside the branch" in refusals[0].sentence

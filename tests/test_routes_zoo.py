@@ -63,6 +63,44 @@ def test_language_models_are_rewired(name: str) -> None:
         assert error <= 1e-9, f"{key}: {error}"
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradient_checkpointing_is_on(name: str) -> None:
+    """As those have it who ran out of memory; rewired, its blocks need none."""
+    model, inputs = make(name)
+    plain = re2fx.transform(model, inputs)
+    model.gradient_checkpointing_enable()
+    rev: Any = re2fx.transform(model, inputs)
+    assert isinstance(plain, re2fx.RewiredModule)
+    assert rev.plan.signature() == plain.plan.signature()
+    gradients = []
+    for module in (plain, rev):
+        module.zero_grad()
+        torch.manual_seed(1)
+        module(**inputs).logits.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_mamba_with_its_residuals_in_fp32() -> None:
+    """Casts on the skip, and a scan that Dynamo writes out in nested vmaps, half of it unread."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = "vocab_size=32&hidden_size=16&state_size=4&num_hidden_layers=2"
+    model: Any = load(f"transformers:mamba?{size}").model.train()
+    assert model.config.residual_in_fp32
+    inputs = {"input_ids": IDS[:, :4], "use_cache": False}
+    rev: Any = re2fx.transform(model, inputs)
+    assert [len(chain) for chain in rev.plan.chains] == [2], str(rev.plan)
+    gradients = []
+    for rev.memory in ("store", "reversible"):
+        rev.zero_grad()
+        rev(**inputs).logits.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for stored, found in zip(*gradients, strict=True):
+        assert (found - stored).norm() <= 1e-5 * stored.norm()
+
+
 def test_original_coupling_is_the_original_network() -> None:
     model, inputs = make("llama")
     model.eval()
@@ -113,3 +151,25 @@ def test_a_report_of_a_language_model() -> None:
     assert report.total.reversible is not None
     assert report.total.reversible < report.total.store
     assert report.measured is not None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generate_with_a_batch_of_one(name: str) -> None:
+    """From a single token on, with arguments that the example does not have; then training."""
+    model, inputs = make(name)
+    rev: Any = re2fx.transform(model, inputs)
+    rev.eval()
+    options = {"max_new_tokens": 4, "use_cache": False, "do_sample": False, "pad_token_id": 0}
+    tokens = rev.generate(IDS[:1, :1], attention_mask=torch.ones_like(IDS[:1, :1]), **options)
+    expected = IDS[:, :1]
+    for _ in range(4):
+        logits = rev(expected.repeat(2, 3), use_cache=False).logits[:, expected.shape[1] - 1]
+        expected = torch.cat([expected, logits[:2].argmax(-1)[:, None]], 1)
+    assert torch.equal(tokens, expected[:1])
+    count = len(rev._variants)
+    assert torch.equal(rev.generate(IDS[:1, :1], **options), tokens)
+    assert len(rev._variants) == count
+    loss = rev(IDS[:1], labels=IDS[:1], use_cache=False).loss
+    logits = rev(IDS, use_cache=False).logits[0, :-1]
+    wanted = torch.nn.functional.cross_entropy(logits.float(), IDS[0, 1:])
+    torch.testing.assert_close(loss, wanted)

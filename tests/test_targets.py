@@ -86,6 +86,8 @@ def test_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
         (f"{__name__}:factory?width=3", r"cannot be built: TypeError: .*'width'"),
         ("transformers:gpt2?n_embd=10", r"cannot be built: ValueError: .*num_heads"),
         (f"{__name__}:broken", r"gives a int; expected a module"),
+        ("transformers:BertConfig", r"BertConfig is no model; name its type or its class"),
+        ("pytorchvideo:slowfest", r"did you mean slowfast"),
         (f"{__name__}:factory?depth", r"'depth' is not of the form name=value"),
     ],
 )
@@ -153,3 +155,23 @@ def test_named_inputs_keep_the_switches_of_the_library() -> None:
     assert isinstance(made.inputs, dict)
     assert made.inputs["use_cache"] is False
     assert made.inputs["input_ids"].shape == (2, 5)
+
+
+def test_a_class_of_transformers() -> None:
+    options = "hidden_size=16&num_hidden_layers=1&num_attention_heads=2&intermediate_size=16"
+    made = load(f"transformers:BertForMaskedLM?{options}&vocab_size=9&attn_implementation=eager")
+    assert type(made.model).__name__ == "BertForMaskedLM"
+    assert getattr(made.model.config, "_attn_implementation", None) == "eager"
+    assert isinstance(made.inputs, dict)
+    assert "input_ids" in made.inputs
+    audio = "transformers:ASTModel?hidden_size=16&num_hidden_layers=1&num_attention_heads=2"
+    assert load(audio).inputs is None
+
+
+def test_a_builder_of_pytorchvideo_takes_a_list_of_clips() -> None:
+    options = "model_depth=50&model_num_class=5&head_pool_kernel_sizes=((2,1,1),(8,1,1))"
+    made = load(f"pytorchvideo:slowfast?{options}", ["1,3,2,32,32+1,3,8,32,32"])
+    assert isinstance(made.inputs, tuple)
+    (clips,) = made.inputs
+    assert [tuple(clip.shape) for clip in clips] == [(1, 3, 2, 32, 32), (1, 3, 8, 32, 32)]
+    assert made.model.eval()(clips).shape == (1, 5)

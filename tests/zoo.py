@@ -7,17 +7,19 @@ stochastic depth are on wherever the constructor offers them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 import re2fx
 from benchmarks.torchvision_shim import ensure_torchvision
+from re2fx.zoo import steps
+from re2fx.zoo.steps import Step as Step
+from re2fx.zoo.steps import awaken
+from re2fx.zoo.steps import one_thread as one_thread
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -29,6 +31,8 @@ with warnings.catch_warnings():
 Sizes: TypeAlias = tuple[tuple[int, ...], ...]
 
 CLASSES = 10
+
+leaves = steps.tensors
 
 
 @dataclass(frozen=True)
@@ -82,100 +86,11 @@ class Animal:
         return rev
 
 
-def awaken(model: nn.Module, seed: int = 0) -> None:
-    """Give parameters that start as a constant, and tokens, random values of a trained size.
-
-    Libraries start heads, last convolutions and last batch norms at zero and layer scales at 1e-6:
-    whole branches would get no gradient, or one too small to see a mistake in. Class tokens and
-    position embeddings start at 1e-6 to 0.02, next to patch embeddings of 1: a norm in front of
-    the first branch magnifies such a token, and the rounding of its reconstruction with it, up to
-    its own size. That is the drift of an untrained model, not what is tested here.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            is_token = parameter.dim() == 3 and len(parameter) == 1
-            if is_token:
-                parameter.normal_(generator=generator)
-            elif (parameter == parameter.flatten()[0]).all():
-                spread = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.2
-                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
-
-
-def leaves(value: Any) -> list[Tensor]:
-    """The tensors of an argument or a result."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def functional(output: Any, seed: int = 0) -> Tensor:
-    """A generic linear functional of all outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    terms = [
-        (leaf * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)).sum()
-        for leaf in leaves(output)
-    ]
-    return torch.stack(terms).sum()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums have one order, and tests that run side by side do not fight for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass
-class Step:
-    """Everything one training step leaves behind.
-
-    Attributes:
-        outputs: the tensors of the result.
-        gradients: by parameter name, and ``"input 0"`` and so on.
-        buffers: by name, after the step.
-        random_state: of the global generator, after the step.
-    """
-
-    outputs: list[Tensor]
-    gradients: dict[str, Tensor | None]
-    buffers: dict[str, Tensor]
-    random_state: Tensor
-
-
-@one_thread()
 def step(
     model: nn.Module, inputs: Any, seed: int = 0, between: Callable[[], None] | None = None
 ) -> Step:
-    """One forward and backward from a given random state; buffers are put back afterwards.
-
-    Args:
-        model: any network.
-        inputs: its one argument; the tensors in it get gradients.
-        seed: of the global generator.
-        between: called after the forward.
-    """
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.zero_grad(set_to_none=True)
-    inputs = pytree.tree_map(lambda x: x.clone().requires_grad_(), inputs)
-    # The model may write into a list it is given.
-    tensors = leaves(inputs)
-    torch.manual_seed(seed)
-    output = model(inputs)
-    if between is not None:
-        between()
-    functional(output).backward()
-    gradients: dict[str, Tensor | None] = {n: p.grad for n, p in model.named_parameters()}
-    gradients.update((f"input {i}", x.grad) for i, x in enumerate(tensors))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    result = Step([x.detach() for x in leaves(output)], gradients, buffers, torch.get_rng_state())
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-    return result
+    """One forward and backward of a network with one argument, as `re2fx.zoo.steps.step`."""
+    return steps.step(model, (inputs,), seed=seed, between=between)
 
 
 def _seeded(build: Callable[[], Any], seed: int) -> nn.Module:

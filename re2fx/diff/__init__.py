@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from re2fx.errors import OptionError
 from re2fx.module import RewiredModule
+from re2fx.piecewise import PiecewiseModule
 from re2fx.routes import capture
 from re2fx.wiring import Wiring
 
@@ -41,6 +42,7 @@ def diff(before: Any, after: Any, *, example_inputs: Any = None) -> Diff:
         OptionError: an argument has no graph.
         CaptureError: a model cannot be traced.
     """
+    check_whole(after)
     if isinstance(after, RewiredModule) and after.is_made_of(before):
         graph = after.history[0][1]  # as it was captured
         listed = listing(graph, type(before).__name__, kinds(before))
@@ -61,6 +63,7 @@ def history(rev: nn.Module) -> tuple[tuple[str, Diff], ...]:
     Raises:
         OptionError: the module keeps no graphs of its passes.
     """
+    check_whole(rev)
     graphs: tuple[tuple[str, Graph], ...] | None = getattr(rev, "history", None)
     if graphs is None:
         raise OptionError(
@@ -77,6 +80,16 @@ def history(rev: nn.Module) -> tuple[tuple[str, Diff], ...]:
         name = f"{before.title} \N{RIGHTWARDS ARROW} {after.title}"
         steps.append((name, compare(before, after, wirings)))
     return tuple(steps)
+
+
+def check_whole(source: Any) -> None:
+    """Raise if only submodules of a model have a graph."""
+    if isinstance(source, PiecewiseModule):
+        path = next(iter(source.pieces), "")
+        raise OptionError(
+            f"{type(source).__name__} is rewired in pieces and has no graph of the whole. Take a "
+            f"piece, such as re2fx.diff(model.get_submodule({path!r}), rev.pieces[{path!r}])"
+        )
 
 
 def read(source: Any, title: str, example_inputs: Any) -> Listing:

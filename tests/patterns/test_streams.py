@@ -131,7 +131,7 @@ def test_a_tuple_whose_other_element_is_used() -> None:
             x = pair[0] + pair[1]
         return m.head(x), pair[1]
 
-    assert_nothing_rewired(layers(function), "branch used outside", "reads a value from inside")
+    assert_nothing_rewired(layers(function), "branch used outside", "returns a value from inside")
 
 
 # Networks.
@@ -299,3 +299,42 @@ def test_in_place_post_activation() -> None:
     assert {r.kind for r in plan.chains[0].residuals} == {"post-activation"}
     images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     assert_reversible_equals_store(re2fx.transform(model).train(), images)
+
+
+def test_a_mask_computed_from_sizes_is_no_stream() -> None:
+    """Added in every branch, it would be an ancestor of what it is added to."""
+
+    def function(m: Any, x: Tensor) -> Any:
+        mask = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None].expand(-1, 8)
+        x = m.stem(x)
+        for f in (m.a, m.b, m.c):
+            x = x + torch.tanh(f(x) + mask)
+        return m.head(x)
+
+    plan = assert_sound(layers(function), [3])
+    assert plan.found == 3, str(plan)
+
+
+def test_a_mask_computed_from_the_input_may_be_a_stream() -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        mask = m.e(x)
+        x = m.stem(mask)
+        for f in (m.a, m.b):
+            x = x + torch.tanh(f(x) + mask)
+        return m.head(x)
+
+    plan = assert_sound(layers(function), [2])
+    assert plan.found == 4, str(plan)
+
+
+def test_sizes_read_off_a_tap() -> None:
+    """A table of the size of a state in the middle, read by a branch and behind the chain."""
+
+    def function(m: Any, x: Tensor) -> Any:
+        x = m.stem(x)
+        x = x + torch.tanh(m.a(x))
+        table = F.pad(x.new_ones([x.shape[1] - 1, 8]), (0, 0, 1, 0))
+        x = x + torch.tanh(m.b(x) * table)
+        return m.head(m.norm(x) * table)
+
+    assert_sound(layers(function), [2])

@@ -4,7 +4,7 @@ const DATA = JSON.parse(byId("data").textContent);
 const NARROW = matchMedia("(max-width: 760px)");
 const NOTHING = { inputs: [new Set(), new Set()], users: [new Set(), new Set()] };
 const models = DATA.diffs.map(() => null);
-const view = { step: 0, model: null, lines: [], wanted: false, unified: false, here: null, hover: null,
+const view = { step: 0, model: null, lines: [], wanted: false, unified: false, here: null, hover: null, pressed: null,
   marks: NOTHING, found: new Set(), hits: [], hit: -1, printing: false, visit: visitSection };
 
 function show(step) {
@@ -259,8 +259,10 @@ function itemAt(event) {
   return view.lines[place]?.item ?? null;
 }
 
+// Where lines are drawn anew between press and release, the click is the list's, and no line's.
+byId("rows").addEventListener("mousedown", (event) => { view.pressed = itemAt(event); });
 byId("rows").addEventListener("click", (event) => {
-  const item = itemAt(event);
+  const item = itemAt(event) ?? view.pressed;
   if (!item) return;
   view.here = item;
   if (isSection(item)) toggle(item);
