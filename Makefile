@@ -2,6 +2,7 @@
 # make test    set up, lint, check types and run the tests
 # make zoo     set up, then rewire and check every model of the zoo, render the results
 # make situations  set up, then run what must never go silently wrong, render the table
+# make fuzz    set up, then try 20,000 random programs more, render the count
 # make bench   set up and run every benchmark (about 45 minutes on two cores), render the results
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test bench zoo situations pictures render format clean
+.PHONY: demo test bench zoo situations fuzz pictures render format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
@@ -35,6 +36,11 @@ zoo: $(VENV)/.installed
 # Every situation, and each again without the code it needs (about six minutes on two cores).
 situations: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.situations
+	$(BIN)/python -m benchmarks.render
+
+# Random programs in random situations (about 25 minutes on two cores); runs add up.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.fuzz
 	$(BIN)/python -m benchmarks.render
 
 # The pictures of what the tools show; needs Chromium for the page.

@@ -206,6 +206,59 @@ class ShapeReader(nn.Module):
         return flat.view(x.shape) * torch.ones_like(x)
 
 
+class StochasticDepth(nn.Module):
+    """A linear layer, dropped for whole samples."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f: Tensor = self.linear(x)
+        if self.training:
+            mask = f.new_empty((f.shape[0],) + (1,) * (f.ndim - 1)).bernoulli_(0.7)
+            f = f * mask.div_(0.7)
+        return f
+
+
+class Squeeze(nn.Module):
+    """A linear layer under a gate that is the same for a whole sample."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.gate = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1, -2).mean(1) if x.dim() > 2 else x.mean(0, keepdim=True)
+        gate = torch.sigmoid(self.gate(mean)).view(-1, *(1,) * (x.dim() - 2), x.shape[-1])
+        return self.linear(x) * gate
+
+
+class Halves(nn.Module):
+    """Views of both halves of the last dimension, one written in place, put together again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f: Tensor = self.linear(x)
+        cut = (f.shape[-1] + 1) // 2
+        first, second = f.split([cut, f.shape[-1] - cut], -1)
+        return torch.cat([second.sigmoid(), first.mul(0.5)], -1).add_(f.flip(-1))
+
+
+class Broadcast(nn.Module):
+    """One value per sample for the whole stream."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.tanh()).mean(-1, keepdim=True).expand_as(x) * 0.5
+
+
 class Nested(nn.Module):
     """A norm, and residuals of its own."""
 
@@ -240,6 +293,16 @@ def layers(kind: str, shape: Shape) -> nn.Module:
         return DeadElement(width)
     if kind == "shape reader":
         return ShapeReader(shape)
+    if kind == "dropout":
+        return nn.Sequential(nn.Dropout(0.2), nn.Linear(width, width), nn.Dropout(0.3))
+    wide = {
+        "stochastic depth": StochasticDepth,
+        "squeeze": Squeeze,
+        "halves": Halves,
+        "broadcast": Broadcast,
+    }
+    if kind in wide:
+        return wide[kind](width)
     mlp = nn.Sequential(nn.Linear(width, 5), nn.GELU(), nn.Linear(5, width))
     return nn.Sequential(nn.Identity(), mlp, nn.Identity())
 
@@ -385,7 +448,12 @@ OPENINGS = ("linear", "relu", "projection", "learned skip", "concat")
 
 @st.composite
 def blocks(
-    draw: st.DrawFn, shape: Shape, activation: str, own: bool, sides: bool
+    draw: st.DrawFn,
+    shape: Shape,
+    activation: str,
+    own: bool,
+    sides: bool,
+    insides: Sequence[str] = KINDS,
 ) -> tuple[Block, ...]:
     """A stage's blocks for a stream of a shape; `own`: the first may be overwritten."""
     made: list[Block] = []
@@ -395,7 +463,7 @@ def blocks(
         spelling = draw(st.sampled_from(sorted(PARALLEL if double else SPELLINGS)))
         if number == 0 and not own and spelling in IN_PLACE:
             spelling = "x + a + m" if double else "x + f"
-        kinds = st.sampled_from(KINDS if double else (*KINDS, "nested", "nested one"))
+        kinds = st.sampled_from(insides if double else (*insides, "nested", "nested one"))
         links = [name for name in LINKS if fits(name, shape)]
         moved = activation == "stream" and made and made[-1].behind not in (None, "half")
         link = draw(st.sampled_from(links)) if number and not moved and draw(maybe) else None
@@ -417,15 +485,25 @@ def blocks(
 
 
 @st.composite
-def programs(draw: st.DrawFn, rank: int, activation: str = "branch") -> Program:
-    """Programs whose streams begin with a rank, for a way to move activations."""
+def programs(
+    draw: st.DrawFn, rank: int, activation: str = "branch", insides: Sequence[str] = KINDS
+) -> Program:
+    """Programs whose streams begin with a rank, for a way to move activations.
+
+    Args:
+        draw: hypothesis'.
+        rank: of the input.
+        activation: as for `re2fx.transform`.
+        insides: the kinds of branches to choose from.
+    """
     shape = start = draw(st.sampled_from(SHAPES[rank]))
     stages: list[Stage] = []
     for number in range(draw(st.integers(1, 2))):
         opening = draw(st.sampled_from(OPENINGS if number else (None, *OPENINGS)))
         shape = Opening(opening, shape).shape if opening else shape
         own = opening is not None
-        made = draw(blocks(shape, activation, own=own, sides=stages != [] or own))
+        sides = stages != [] or own
+        made = draw(blocks(shape, activation, own=own, sides=sides, insides=insides))
         stages.append(Stage(opening, made))
         for block in made:
             shape = Residual(replace(block, branches=("linear",), spelling="x + f"), shape).shape

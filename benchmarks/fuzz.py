@@ -1,0 +1,135 @@
+"""Random residual programs in random situations, for long: ``python -m benchmarks.fuzz``.
+
+Every program is trained reversibly and stored, and both must agree (``tests/fuzz``). Runs add up in
+``results/fuzz.json``; each takes other seeds. A disagreement is shrunk, printed and recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .common import RESULTS, write_results
+
+CHUNK = 250
+COMPILED = 25  # one chunk in so many is a compiled one
+
+
+def chunk(seed: int, examples: int, executor: str) -> dict[str, Any]:
+    """Try some programs; how many ended in which way, and the smallest disagreement."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import seed as seeded
+
+    from tests.fuzz.cases import Case, cases, check
+
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    precisions: Counter[str] = Counter()
+    last: list[Case] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases(executor))  # type: ignore[arg-type]
+    def attempt(case: Case) -> None:
+        try:
+            verdict: str = check(case)
+        except Exception:
+            last.append(case)
+            raise
+        if not last:  # what comes behind a disagreement shrinks it
+            counts[verdict] += 1
+            precisions[case.precision] += 1
+
+    found = []
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            attempt()
+    except Exception as error:
+        found = [{"case": repr(last[-1]) if last else "", "error": f"{error!r}"[:500]}]
+        counts["disagrees"] += 1
+    return {
+        "seed": seed, "executor": executor, "tried": counts.total(), "verdicts": dict(counts),
+        "precisions": dict(precisions), "found": found,
+    }  # fmt: skip
+
+
+def work(examples: int, first: int) -> Iterator[tuple[int, int, str]]:
+    """Seeds, numbers of examples and executors; a compiled chunk is a tenth as long."""
+    number = 0
+    while examples > 0:
+        compiled = number % COMPILED == COMPILED - 1
+        size = min(CHUNK // 10 if compiled else CHUNK, examples)
+        yield first + number, size, "compiled" if compiled else "eager"
+        examples, number = examples - size, number + 1
+
+
+def known() -> dict[str, Any]:
+    """What earlier runs have counted."""
+    path = RESULTS / "fuzz.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {key: found.get(key, value) for key, value in nothing().items()}
+
+
+def added(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The counts of all runs."""
+    executors = Counter(total["executors"]) + Counter({new["executor"]: new["tried"]})
+    return {
+        "tried": total["tried"] + new["tried"],
+        "seeds": max(total["seeds"], new["seed"] + 1),
+        "executors": dict(executors),
+        "verdicts": dict(Counter(total["verdicts"]) + Counter(new["verdicts"])),
+        "precisions": dict(Counter(total["precisions"]) + Counter(new["precisions"])),
+        "found": [*total["found"], *new["found"]],
+    }
+
+
+def main() -> None:
+    """Command line; the exit status is 1 if there was a disagreement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, help="the first; by default one that was not tried")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="forget the runs before")
+    options = parser.parse_args()
+    total = known() if not options.fresh else nothing()
+    before = len(total["found"])
+    first = total["seeds"] if options.seed is None else options.seed
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=8)
+    with Progress(*columns, TimeElapsedColumn()) as progress, pool:
+        task = progress.add_task("programs", total=options.examples)
+        jobs = [pool.submit(chunk, *one) for one in work(options.examples, first)]
+        for job in as_completed(jobs):
+            result = job.result()
+            total = added(total, result)
+            write_results("fuzz", total)
+            progress.advance(task, result["tried"])
+            for disagreement in result["found"]:
+                progress.console.print(disagreement["case"], disagreement["error"], markup=False)
+    print(f"{total['tried']} programs tried in all: {total['verdicts']}")
+    sys.exit(len(total["found"]) > before)
+
+
+def nothing() -> dict[str, Any]:
+    """The counts before anything was tried."""
+    return {"tried": 0, "seeds": 0, "executors": {}, "verdicts": {}, "precisions": {}, "found": []}
+
+
+if __name__ == "__main__":
+    main()

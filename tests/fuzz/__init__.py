@@ -1,0 +1,1 @@
+"""Random residual programs in random situations."""
