@@ -19,6 +19,8 @@ from torch import nn
 from .errors import ReplayError
 from .observers import Observers
 
+BATCH_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+
 
 @dataclass(frozen=True)
 class Autocast:
@@ -80,11 +82,15 @@ class Generators:
         return not all(torch.equal(a, b) for a, b in zip(self.states, now, strict=True))
 
 
+Place = tuple[int, str]  # the id of an owner's dictionary of buffers, and a name in it
+
+
 @dataclass
 class Members:
     """The parameters and buffers that a branch may touch, found on the live root.
 
-    ``tensors`` are attributes that are neither.
+    ``tensors`` are attributes that are neither. ``moving`` has the places of running statistics,
+    which a batch norm in training moves and does not read; version counters do not see it.
     """
 
     parameters: list[tuple[str, torch.Tensor]] = field(default_factory=list)
@@ -92,6 +98,7 @@ class Members:
         default_factory=list
     )
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    moving: set[Place] = field(default_factory=set)
 
 
 Modules = dict[str, "nn.Module | None"]
@@ -125,12 +132,14 @@ class Lookup:
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
                     members.buffers.append((owner._buffers, name, buffer))
+            members.moving |= running_statistics(owner)
         for target, owner, name in self._single:
             value = getattr(owner, name)
             if isinstance(value, nn.Parameter):
                 members.parameters.append((target, value))
             elif isinstance(getattr(owner, "_buffers", {}).get(name), torch.Tensor):
                 members.buffers.append((owner._buffers, name, value))
+                members.moving |= running_statistics(owner)
             elif isinstance(value, torch.Tensor):
                 members.tensors.append((target, value))
         return members
@@ -187,7 +196,7 @@ class Ambient:
         self.observers = Observers(lookup.modules())
         self.versions = [parameter._version for _, parameter in self.members.parameters]
         self._before = [(b.clone(), b._version) for _, _, b in self.members.buffers]
-        self.earlier: dict[tuple[int, str], torch.Tensor] = {}
+        self.earlier: dict[Place, torch.Tensor] = {}
         self._constants = fixed(self.members)  # what the run leaves alone, the rerun must find
 
     def settle(self, root: Any) -> None:
@@ -200,11 +209,13 @@ class Ambient:
             if owner[name] is not buffer or buffer._version != version:
                 self.earlier[id(owner), name] = copy
         self._before = []
-        after = fixed(self._lookup.members(root))
+        members = self._lookup.members(root)
+        after = fixed(members)
         self._constants = {
             place: entry
             for place, entry in self._constants.items()
             if place in after and entry[1] is after[place][1] and entry[2] == after[place][2]
+            if place not in members.moving
         }
 
     def check_members(self, root: Any, where: str) -> None:
@@ -272,10 +283,17 @@ class Ambient:
                 now.write()
 
 
-def fixed(members: Members) -> dict[tuple[int, str], tuple[str, torch.Tensor, int]]:
+def fixed(members: Members) -> dict[Place, tuple[str, torch.Tensor, int]]:
     """Buffers and other tensors by their places, with their versions."""
     buffers = {(id(o), name): (name, b, b._version) for o, name, b in members.buffers}
     return buffers | {(0, name): (name, t, t._version) for name, t in members.tensors}
+
+
+def running_statistics(owner: nn.Module) -> set[Place]:
+    """The places of the buffers that torch's batch norms move in training without reading them."""
+    if not owner.training or type(owner).forward not in BATCH_NORMS:
+        return set()
+    return {(id(owner._buffers), name) for name in ("running_mean", "running_var")}
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -269,6 +269,45 @@ def test_inside_activation_checkpointing() -> None:
     torch.testing.assert_close(x.grad, reference, rtol=1e-11, atol=1e-11)
 
 
+class Square(torch.autograd.Function):
+    """Reads what it saved twice in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (ctx.saved_tensors[0] + ctx.saved_tensors[0])
+
+
+class Counted(nn.Module):
+    """Counts how often it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        squared: Tensor = Square.apply(x)
+        return squared
+
+
+def test_a_second_read_of_a_saved_tensor_runs_its_branch_alone() -> None:
+    model = Net(depth=5)
+    counted = [Counted() for _ in range(5)]
+    for block, layer in zip(model.blocks, counted, strict=True):
+        block.drop = layer
+    rev = rewired(model, leaves=[Counted])
+    assert_reversible_equals_store(rev, X)
+    for layer in counted:
+        layer.runs = 0
+    rev(X).sum().backward()
+    assert [layer.runs for layer in counted] == [3] * 5
+
+
 def test_anomaly_mode() -> None:
     rev = rewired(Net())
     expected = step(rev, "store", X)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..compare import Outcome
+from ..situations.harness import Unmoved
 
 Run = Callable[..., Any]
 Differentiate = Callable[[Tensor], None]
@@ -169,7 +170,7 @@ def train(
     pending: list[tuple[int, tuple[Tensor, ...]]] = []
     outputs: list[Tensor] = []
     for number in range(how.forwards):
-        made = forward(run, inputs, how)
+        made = forward(run, model, inputs, how)
         outputs += made
         pending.append((number, chosen(made, how.outputs)))
         if how.between:
@@ -183,13 +184,20 @@ def train(
     return outputs, gradients
 
 
-def forward(run: Run, inputs: Sequence[Tensor], how: Situation) -> tuple[Tensor, ...]:
+def forward(
+    run: Run, model: nn.Module, inputs: Sequence[Tensor], how: Situation
+) -> tuple[Tensor, ...]:
     """One forward in what the situation has around it."""
     with ExitStack() as stack:
         for context in around(how):
             stack.enter_context(context)
         if how.around == "checkpoint":
-            made: tuple[Tensor, ...] = checkpoint(run, *inputs, use_reentrant=False)
+            made: tuple[Tensor, ...] = checkpoint(
+                run,
+                *inputs,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), Unmoved(model)),
+            )
             return made
         return run(*inputs)
 

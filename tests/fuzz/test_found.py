@@ -17,8 +17,13 @@ LOW_SUM = Case(  # a stream that is bf16 behind f.add_(x): Dynamo refuses it, tr
     Situation(dtype="float32", autocast=True),
     executor="compiled",
 )
+STATISTICS = Case(  # put back between two backwards, they were taken for edited by hand
+    Program((2, 4, 2, 3), (Stage("linear", (Block(), Block(("conv",)))),)),
+    Situation(around="checkpoint", backward="retained"),
+)
+FOUND = {"frozen whole": FROZEN_WHOLE, "low sum": LOW_SUM, "statistics put back": STATISTICS}
 
 
-@pytest.mark.parametrize("case", [FROZEN_WHOLE, LOW_SUM], ids=["frozen whole", "low sum"])
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
 def test_found(case: Case) -> None:
     assert check(case) == "agrees"

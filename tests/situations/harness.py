@@ -150,6 +150,26 @@ def fill(got: Outcome, expected: Outcome) -> None:
             got.gradients[name] = None
 
 
+class Unmoved(AbstractContextManager[None]):
+    """Puts buffers back, each time it is left.
+
+    What a checkpoint of the user's own recomputes moves batch-norm statistics again, as far as it
+    recomputes (pytorch#96136), which depends on what is saved; under this it does not move them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.before = [buffer.clone() for buffer in self.model.buffers()]
+
+    def __exit__(self, *error: object) -> None:
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), self.before, strict=True):
+                buffer.copy_(value)
+
+
 def under(context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Situation:
     """The forward inside a context, the backward outside of it."""
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils.checkpoint import checkpoint
 
 import re2fx
 from re2fx.replay import Ambient, Autocast
 
+from ..compare import weighted
 from ..models import ConvNet, Net
 from .harness import (
     Pair,
     Run,
+    Unmoved,
     compare,
     double,
     example,
@@ -84,6 +87,50 @@ def assert_moves(both: Pair, x: Tensor) -> None:
 def test_batch_norm_of_cumulative_averages(executor: str) -> None:
     """Without the copies of buffers in `Ambient.restored`: every batch weighs half."""
     assert_moves(pair(executor, double(cumulative(ConvNet()))), IMAGE)
+
+
+def checkpointed(**options: Any) -> Any:
+    """The network in a checkpoint of the user's own; two backwards."""
+
+    def situation(run: Run, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        made = {name: make(model) for name, make in options.items()}
+        output = checkpoint(run, *inputs, use_reentrant=False, **made)
+        weighted(output).backward(retain_graph=True)
+        weighted(output).backward()
+        return output
+
+    return situation
+
+
+def put_back(model: nn.Module) -> Callable[[], Any]:
+    """For ``context_fn``: the recomputation leaves buffers as they are."""
+    return lambda: (nullcontext(), Unmoved(model))
+
+
+@row(1, compiled=None)
+@without("eager", "re2fx.replay:running_statistics", lambda owner: set())
+def test_batch_norm_in_a_checkpoint_that_puts_it_back(executor: str) -> None:
+    """Without `running_statistics`: the second backward takes them for edited by hand."""
+    both = pair(executor, double(ConvNet(dropout=0.2)))
+    compare(both, IMAGE, situation=checkpointed(context_fn=put_back))
+
+
+@row(1, compiled=None)
+def test_batch_norm_in_a_bare_checkpoint(executor: str) -> None:
+    """The checkpoint moves the statistics a second time, with re2fx as without (pytorch#96136)."""
+    both = pair(executor, double(ConvNet()))
+    moved = []
+    for run in both:
+        before = batches(both.model)
+        checkpointed()(run, both.model, (IMAGE.clone().requires_grad_(),))
+        moved.append([b - a for a, b in zip(before, batches(both.model), strict=True)])
+    assert all(1 <= reversible <= stored for reversible, stored in zip(*moved, strict=True))
+    assert max(moved[1]) == 3
+
+
+def batches(model: nn.Module) -> list[int]:
+    """How many each batch norm has seen."""
+    return [int(b) for name, b in model.named_buffers() if name.endswith("batches_tracked")]
 
 
 def any_graph(*args: Any) -> None:
