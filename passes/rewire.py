@@ -160,6 +160,7 @@ class _Rewirer:
                 dtype = self.emit(entry, lambda x: x.dtype, value)
                 self.recorder.origin = entry
                 start = self.recorder.create_node("call_function", widen, (value,), {})
+                start = self.emit(entry, self.coupling.encode, start)
             self.states[chain.output] = State(start.name, start, dtype, Pair(start, start))
         return self.states[chain.output]
 
@@ -171,7 +172,7 @@ class _Rewirer:
         branch = self.branch_sum(residual)
         if moved is not None and not self.on_stream:
             branch = self.activate(moved, branch, self.sole_branch(residual))
-        coupling = self.coupling.scaled(residual.skip_scale, 1.0)
+        coupling = self.coupling.scaled(residual.skip_scale, 1.0).at(str(residual.location))
         current, previous = state.pair.current, state.pair.previous
         new = self.emit(add, coupling.step, current, previous, branch)
         state.couplings.append((coupling, residual.skip_scale))
@@ -255,7 +256,9 @@ class _Rewirer:
         current, activation = state.pair.current, state.pair.activation
         if current not in self.branch_inputs:
             with self.behind(current):
-                value = self.emit(current, lambda x, dtype: x.to(dtype), current, state.dtype)
+                value = self.emit(
+                    current, lambda x, dtype: self.coupling.decode(x).to(dtype), current, state.dtype
+                )
                 if activation is not None:
                     value = self.activate(activation, value, None)
             self.branch_inputs[current] = value
@@ -281,9 +284,12 @@ class _Rewirer:
 
     def read(self, source: Node, reading: Reading, weights: tuple[float, float, float]) -> Node:
         """The readout of two streams, the pending activation applied."""
+        decode = self.coupling.decode
         value = self.emit(
             source,
-            lambda p, q, start, dtype: read(self.readout, p, q, start, weights).to(dtype),
+            lambda p, q, start, dtype: read(
+                self.readout, decode(p), decode(q), decode(start), weights
+            ).to(dtype),
             reading.pair.current,
             reading.pair.previous,
             reading.start,

@@ -19,6 +19,7 @@ from .errors import (
     ModeMismatchError,
     NoResidualError,
     OptionError,
+    RangeError,
     Re2fxError,
     Re2fxWarning,
     ReplayError,
@@ -27,6 +28,7 @@ from .errors import (
     StreamError,
     VerificationError,
 )
+from .exact import FixedPoint
 from .explanation import Explanation
 from .findings import Finding, Verification
 from .footprint import ChainBytes, Kept, PartBytes, Report
@@ -55,6 +57,7 @@ __all__ = [
     "Emitted",
     "Explanation",
     "Finding",
+    "FixedPoint",
     "InputError",
     "Kept",
     "Location",
@@ -64,6 +67,7 @@ __all__ = [
     "PartBytes",
     "PiecewiseModule",
     "Plan",
+    "RangeError",
     "Re2fxError",
     "Re2fxWarning",
     "Refusal",

@@ -21,6 +21,7 @@ from .errors import (
     OptionError,
     Re2fxWarning,
 )
+from .exact import FixedCoupling, FixedPoint
 from .explanation import Explanation
 from .given import as_module
 from .graph import Flow, copy_graph, forget_examples, same_graph
@@ -59,6 +60,7 @@ class Options:
     activation: str
     memory: Memory
     policy: Policy = field(default_factory=Policy)
+    exact: bool | FixedPoint = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.coupling, Coupling):
@@ -72,11 +74,22 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise OptionError(f"{name}={value!r}: expected one of {listed}")
+        _ = self.arithmetic
         if self.memory == "reversible" and not self.coupling.invertible:
             raise OptionError(
                 f"coupling={self.coupling}: b = 0 cannot be inverted. Use a coupling with b != 0 "
                 "(Coupling.re2tal() is the default), or memory='store'."
             )
+
+    @property
+    def arithmetic(self) -> Coupling:
+        """The coupling as it is computed.
+
+        Raises:
+            OptionError: fixed point does not allow the coefficients.
+        """
+        point = FixedPoint.of(self.exact)
+        return self.coupling if point is None else FixedCoupling.of(self.coupling, point)
 
 
 def transform(
@@ -87,6 +100,7 @@ def transform(
     readout: Readout = "mean",
     activation: str = "branch",
     memory: Memory = "reversible",
+    exact: bool | FixedPoint = False,
     leaves: Leaves = (),
     capture: str = "auto",
     strict: bool = False,
@@ -110,6 +124,9 @@ def transform(
             update.
         activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
         memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
+        exact: carry the streams in fixed point, so that they are reconstructed to the bit at any
+            depth; needs ``|b| = 2^-j`` and keeps ``j`` bits per element and block. A `FixedPoint`
+            says how fine and how wide the numbers are.
         leaves: module paths or classes to keep whole.
         capture: how the model becomes a graph: ``"symbolic"``, ``"dynamo"``, ``"export"``, or
             ``"auto"`` for the one that loses least, or its parts if none goes through; see
@@ -141,7 +158,7 @@ def transform(
         raise OptionError(f"{type(model).__name__} is rewired already")
     model = as_module(model)
     policy = Policy(select, min_chain, min_saving)
-    options = Options(coupling or Coupling.re2tal(), readout, activation, memory, policy)
+    options = Options(coupling or Coupling.re2tal(), readout, activation, memory, policy, exact)
     policy.check_shapes(example_inputs)
     check_not_sharded(model)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
@@ -345,7 +362,7 @@ def rewire_graph(
 def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
     """Rewire what was planned."""
     rewired, wirings = rewire(
-        flow, plan, options.coupling, options.readout, options.activation
+        flow, plan, options.arithmetic, options.readout, options.activation
     )  # the two-stream form
     before = copy_graph(rewired)
     cleanup(rewired)  # dead tuple elements and shape reads

@@ -110,6 +110,23 @@ class Coupling:
         root = complex(self.a * self.a + 4 * self.b) ** 0.5
         return max(abs((-self.a + sign * root) / (2 * self.b)) for sign in (1, -1))
 
+    @property
+    def exact(self) -> bool:
+        """Whether a state comes back to the bit, if its branch is run again as it was."""
+        return False
+
+    def at(self, where: str) -> Coupling:
+        """The same for a residual with a name."""
+        return self
+
+    def encode(self, value: Any) -> Any:
+        """The first state of a stream from a value."""
+        return value
+
+    def decode(self, state: Any) -> Any:
+        """The numbers that a state stands for."""
+        return state
+
     def step(self, current: Any, previous: Any, branch: Any) -> Any:
         """``p_{i+1}`` from ``p_i``, ``p_{i-1}`` and ``F_i(p_i)``."""
         return _accumulate((self.a, current), (self.b, previous), (self.c, branch))
@@ -122,6 +139,16 @@ class Coupling:
         if self.c != 0:
             previous = previous - (branch if self.c == 1 else branch * self.c)
         return previous if self.b == 1 else previous / self.b
+
+    def advance(
+        self, current: Any, previous: Any, branch: Any, gauge: Any, where: str
+    ) -> tuple[Any, Any]:
+        """``p_{i+1}``, and what `retreat` needs beside the states and the branch."""
+        return self.step(current, previous, branch), None
+
+    def retreat(self, following: Any, current: Any, branch: Any, lost: Any) -> Any:
+        """``p_{i-1}``."""
+        return self.inverse(following, current, branch)
 
     def __str__(self) -> str:
         return f"({self.a:g}, {self.b:g}, {self.c:g})"

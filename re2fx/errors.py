@@ -60,6 +60,10 @@ class StreamError(Re2fxError, RuntimeError):
     """A branch changes the shape of its stream, so the stream cannot be reconstructed."""
 
 
+class RangeError(Re2fxError, OverflowError):
+    """A number does not fit into a stream in fixed point."""
+
+
 class ReplayError(Re2fxError, RuntimeError):
     """Running a branch again did not do what its first run did."""
 

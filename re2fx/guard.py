@@ -222,6 +222,9 @@ class _GuardedCall(ChainCall):
         if any(state._version != version for state, version in truth):
             return  # the caller has changed the chain's input, which is its own
         found = (walk.current, walk.previous)
-        before, error = (relative(a, b) for a, (b, _) in zip(found, truth, strict=True))
+        decode = self.coupling.decode
+        before, error = (
+            relative(decode(a), decode(b)) for a, (b, _) in zip(found, truth, strict=True)
+        )
         drift = Drift(self._step, self.frame(walk.front).name, before, error)
         self._guard.judge(self, walk.front, drift, walk.current)

@@ -46,6 +46,7 @@ from torch.utils import _pytree as pytree
 
 from .coupling import Coupling
 from .errors import ReplayError, StoredOnlyError, StreamError
+from .exact import Gauge
 from .layout import Relayout, restrided
 from .replay import Ambient, Lookup
 
@@ -104,6 +105,8 @@ class Record:
     needs_grad: bool = False
     strides: tuple[int, ...] = ()
     saved: list[Meta] = field(default_factory=list)
+    lost: torch.Tensor | None = None
+    recorded: bool = True
     shapes: list[torch.Size] = field(default_factory=list)
 
 
@@ -131,20 +134,34 @@ class ChainCall:
 
     Attributes:
         records: per block and link what is needed to run it again.
-        output: the last two stream states ``(p_n, p_{n-1})``, detached; set by `leave`.
+        states: the last two of the stream, ``(p_n, p_{n-1})``, detached; set by `leave`.
     """
 
     def __init__(self, root: Any, start: torch.Tensor, before: torch.Tensor | None = None) -> None:
         _check_transforms()
         self.root = root
         self.records: list[Record] = []
-        self.output: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
         self._streams: tuple[torch.Tensor, torch.Tensor] | None = (
             start,
             start if before is None else before,
         )
+        self._gauge = Gauge()
         self._walks: dict[int, Walk] = {}
         self._lock = threading.RLock()
+
+    @property
+    def coupling(self) -> Coupling:
+        """Of its first block; all of them carry their states alike."""
+        return next(r.frame.coupling for r in self.records if isinstance(r.frame, Reverse))
+
+    @property
+    def output(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The numbers of the last two stream states, once the chain has ended."""
+        if self.states is None:
+            return None
+        current, previous = map(self.coupling.decode, self.states)
+        return current, previous
 
     @property
     def streams(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,6 +176,7 @@ class ChainCall:
         current, previous = self.streams
         index = len(self.records)
         record = Record(frame, _remember(sides), None, current.requires_grad, current.stride())
+        record.recorded = torch.is_grad_enabled()
         record.ambient = Ambient(self.root, frame.lookup, current.device)
         self.records.append(record)
 
@@ -171,7 +189,9 @@ class ChainCall:
         with saved_tensors_hooks(pack, _unpack), record.ambient.observers.noted(record.saved):
             branch = frame.branch(self.root, current, *sides)
         record.ambient.settle(self.root)
-        following: torch.Tensor = frame.coupling.step(current, previous, branch)
+        following, record.lost = frame.coupling.advance(
+            current, previous, branch, self._gauge, frame.name
+        )
         if following.shape != current.shape or following.dtype != current.dtype:
             raise StreamError(
                 f"{frame.name}: the residual turns a stream of {tuple(current.shape)} "
@@ -201,7 +221,7 @@ class ChainCall:
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Every tensor the call keeps: streams, side inputs, generator states, buffer copies."""
-        yield from self.output or ()
+        yield from self.states or ()
         for record in self.records:
             for side in pytree.tree_leaves(record.sides):
                 if isinstance(side, _Side):
@@ -209,11 +229,14 @@ class ChainCall:
             if record.ambient is not None:
                 yield from record.ambient.generators.states if record.ambient.generators else ()
                 yield from record.ambient.earlier.values()
+            if record.lost is not None:
+                yield record.lost
 
     def leave(self) -> None:
         """End the forward: keep the last two stream states and nothing else."""
         current, previous = self.streams
-        self.output = (current.detach(), previous.detach())
+        self._gauge.settle()
+        self.states = (current.detach(), previous.detach())
         self._streams = None
 
     def abandon(self) -> None:
@@ -252,7 +275,8 @@ class ChainCall:
             while walk.front > 1:
                 self._step_back(walk, collect=False)
             assert walk.previous is not None, "only the first block has nothing before it"
-            return walk.previous
+            start: torch.Tensor = self.coupling.decode(walk.previous)
+            return start
 
     def reconstructed(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The inputs of the blocks as a backward finds them, from the last block to the first.
@@ -288,12 +312,12 @@ class ChainCall:
             return self._rerun(walk, record, restrided(stream, record.strides), collect=True)
 
     def _start(self) -> Walk:
-        if self.output is None:
+        if self.states is None:
             raise ReplayError(
                 "a gradient was asked for inside the forward of a chain that has not ended; use "
                 "memory='store' for models that differentiate inside their forward"
             )
-        return Walk(len(self.records), *self.output)
+        return Walk(len(self.records), *self.states)
 
     def _walk_of(self, task: int) -> Walk:
         """The walk of the running backward; one of its own for an access outside of any."""
@@ -341,7 +365,8 @@ class ChainCall:
         branch = self._rerun(walk, record, previous, collect)
         first = walk.front == 0
         walk.current = previous
-        walk.previous = None if first else record.frame.coupling.inverse(current, previous, branch)
+        coupling = record.frame.coupling
+        walk.previous = None if first else coupling.retreat(current, previous, branch, record.lost)
 
     def _rerun(
         self, walk: Walk, record: Record, stream: torch.Tensor, collect: bool
@@ -353,6 +378,8 @@ class ChainCall:
         sides = _recall(record.sides, name)
         frame = record.frame
         assert isinstance(frame, Reverse), "only blocks have a branch"
+        # Recording gradients may choose another kernel, so an exact rerun records as the first did.
+        collect = collect or (frame.coupling.exact and record.recorded)
         stream = stream.detach().requires_grad_(record.needs_grad and collect)
         if not collect:
             with record.ambient.restored(record=False), torch.no_grad():

@@ -118,7 +118,8 @@ class Watched(ChainCall):
         try:
             for place, state in self.reconstructed():
                 block = blocks[place]
-                trial.errors[block] = relative(state, trial.inputs[block])
+                decode = self.coupling.decode
+                trial.errors[block] = relative(decode(state), decode(trial.inputs[block]))
                 trial.inputs[block] = state
         except torch.OutOfMemoryError:
             raise
@@ -135,7 +136,8 @@ class Watched(ChainCall):
             again = step.coupling.step(step.current, step.previous, branch)
             if same(again, step.following):
                 return Repeat(block)
-            error = ratio(norm(again - step.following), abs(step.coupling.c) * norm(branch))
+            difference = step.coupling.decode(again) - step.coupling.decode(step.following)
+            error = ratio(norm(difference), abs(step.coupling.c) * norm(branch))
             return Repeat(block, error, self._why(lambda: self.rerun(step.place, step.current)))
         except torch.OutOfMemoryError:
             raise
@@ -186,6 +188,17 @@ class Pinned(ChainCall):
         return following
 
 
+class _At(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grads[0]
+
+
 def at(value: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
     """A value, to the bit, with the gradient of another tensor."""
-    return value + (origin - origin.detach())
+    made: torch.Tensor = _At.apply(value, origin)  # type: ignore[no-untyped-call]
+    return made
