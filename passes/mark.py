@@ -5,7 +5,9 @@
     p2 = p0 + f1                        p2 = couple(p1, p0, r1, f1, 0, 1, 1)
     q2 = p2.permute(0, 2, 1)            q2 = link(p2, p2.permute(0, 2, 1))
 
-Values, gradients and random numbers stay the same. A new graph is returned.
+A step in fixed point is an operator by itself and stays; a fork in front of its branch says that
+its states may be reconstructed. Values, gradients and random numbers stay the same. A new graph is
+returned.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx.coupling import Coupling
+from re2fx.exact import STEP, FixedCoupling
 from re2fx.graph import Flow, copy_graph, location
 from re2fx.marks import COUPLE, FORK, LINK, MARKS
+from re2fx.plan import Location
 from re2fx.wiring import Block, Link, Wiring
 
 
@@ -56,7 +60,12 @@ def mark(
     for wiring in wirings:
         for step in wiring.steps:
             if isinstance(step, Block):
-                mark_block(flow, parts[step], marked, reversible)
+                if not step.coupling.exact:
+                    mark_block(flow, parts[step], marked, reversible)
+                elif reversible:
+                    fork_branch(flow, parts[step], marked)
+                continue
+            if not reversible and wiring.blocks[0].coupling.exact:
                 continue
             for before, names in (
                 (step.current, step.currents),
@@ -87,6 +96,21 @@ def mark_block(flow: Flow, part: Part, marked: dict[str, Node], reversible: bool
     step, coupling, named = part.step, part.step.coupling, flow.by_name
     current, previous = (marked.get(n, named[n]) for n in (step.current, step.previous))
     branch, output = named[step.branch], named[step.output]
+    fork = fork_branch(flow, part, marked)
+    coefficients = (float(coupling.a), float(coupling.b), float(coupling.c))
+    with flow.graph.inserting_before(output):
+        streams = (current, previous, fork, branch)
+        new = create(flow, output, COUPLE, *streams, *coefficients, reversible)
+    output.replace_all_uses_with(new)
+    for node in part.arithmetic:  # from the output back
+        flow.graph.erase_node(node)
+    marked[step.output] = new
+
+
+def fork_branch(flow: Flow, part: Part, marked: dict[str, Node]) -> Node:
+    """A fork in front of the branch."""
+    current = marked.get(part.step.current, flow.by_name[part.step.current])
+    branch = flow.by_name[part.step.branch]
     # Right behind the stream: a reader may stand where gradients or autocast are switched.
     first = next(n for n in flow.graph.nodes if n.op != "placeholder")
     behind = (
@@ -98,14 +122,7 @@ def mark_block(flow: Flow, part: Part, marked: dict[str, Node], reversible: bool
         fork = create(flow, branch, FORK, current)
     for reader in part.readers:
         reader.replace_input_with(current, fork)
-    coefficients = (float(coupling.a), float(coupling.b), float(coupling.c))
-    with flow.graph.inserting_before(output):
-        streams = (current, previous, fork, branch)
-        new = create(flow, output, COUPLE, *streams, *coefficients, reversible)
-    output.replace_all_uses_with(new)
-    for node in part.arithmetic:  # from the output back
-        flow.graph.erase_node(node)
-    marked[step.output] = new
+    return fork
 
 
 def mark_operation(flow: Flow, before: str, after: str, marked: dict[str, Node]) -> None:
@@ -126,7 +143,13 @@ def create(flow: Flow, origin: Node, target: Any, *args: Any) -> Node:
 
 def is_marked(graph: Graph) -> bool:
     """Whether a graph was rewired before it was traced."""
-    return any(node.target in MARKS for node in graph.nodes)
+    return any(node.target in (*MARKS, STEP) for node in graph.nodes)
+
+
+def is_exact(graph: Graph) -> bool:
+    """Whether a graph has states in fixed point that are to be reconstructed."""
+    targets = {node.target for node in graph.nodes if node.op == "call_function"}
+    return STEP in targets and FORK in targets
 
 
 @dataclass
@@ -155,9 +178,15 @@ def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
     """
     new = copy_graph(graph)
     chains: list[Chain] = []
+    exact = is_exact(new)
     for node in list(new.nodes):
         if node.target is COUPLE:
             unmark_block(node, chains)
+        elif node.target is STEP and exact:
+            arguments: Any = node.args
+            current, previous, branch = arguments[:3]
+            block = (current, previous, branch, node)
+            add_block(chains, *block, FixedCoupling.read(node.args), location(node))
     for node in reversed(new.nodes):
         if node.target in (FORK, LINK):
             node.replace_all_uses_with(unlinked(node) if node.target is LINK else node.args[0])
@@ -184,8 +213,22 @@ def unmark_block(node: Node, chains: list[Chain]) -> None:
         output = coupling.step(*values).node
     node.replace_all_uses_with(output)
     node.graph.erase_node(node)
-    if arguments[7:] == (False,):
-        return
+    if arguments[7:] != (False,):
+        add_block(chains, current, previous, branch, output, coupling, location(node))
+
+
+def add_block(
+    chains: list[Chain],
+    current: Node,
+    previous: Node,
+    branch: Node,
+    output: Node,
+    coupling: Coupling,
+    place: Location,
+) -> None:
+    """A block behind the last one of its chain, or the first of a new one."""
+    start: Any
+    before: Any
     start, before, links = current, previous, []
     while start.target is LINK and before.target is LINK:
         links.append((start.args[1].name, before.args[1].name))
@@ -200,5 +243,5 @@ def unmark_block(node: Node, chains: list[Chain]) -> None:
         names = (start.name, unlinked(before).name)
         chain.steps.append(Link(*names, currents, previouses))
     read, old, new = (unlinked(value).name for value in (current, previous, branch))
-    chain.steps.append(Block(read, old, new, output.name, coupling, location(node)))
+    chain.steps.append(Block(read, old, new, output.name, coupling, place))
     chain.current, chain.previous = output, current

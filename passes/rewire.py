@@ -257,7 +257,10 @@ class _Rewirer:
         if current not in self.branch_inputs:
             with self.behind(current):
                 value = self.emit(
-                    current, lambda x, dtype: self.coupling.decode(x).to(dtype), current, state.dtype
+                    current,
+                    lambda x, dtype: self.coupling.decode(x).to(dtype),
+                    current,
+                    state.dtype,
                 )
                 if activation is not None:
                     value = self.activate(activation, value, None)

@@ -29,18 +29,19 @@ from .coupling import Coupling, Readout
 from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
+from .exact import FixedPoint, Kernels
 from .explanation import Explanation
 from .graph import location
 from .inner import SCOPES, Inner
 from .module import Memory, Rewired, RewiredModule
 from .ops import switches_context
 from .origin import Origin, find_origin
-from .passes.mark import is_marked, mark, unmark
+from .passes.mark import is_exact, is_marked, mark, unmark
 from .passes.outline import outline
 from .passes.reverse import reverse
 from .plan import Plan
 from .policy import Policy, Select
-from .program import Program
+from .program import Program, with_kernels
 from .regions import Regions
 from .weigh import weigh_lifted
 
@@ -48,8 +49,13 @@ Function = Callable[..., Any]
 
 # What only the rewiring itself can heed.
 REWIRING = (
-    "coupling", "readout", "activation", "leaves", "select", "min_chain", "min_saving"
+    "coupling", "readout", "activation", "exact", "leaves", "select", "min_chain", "min_saving"
 )  # fmt: skip
+
+EXACT_IN_REGIONS = (
+    "a branch has to be run again by the very same kernels, and two graphs that are compiled as "
+    "wholes fuse it in different ones. Use scope='region', or compiler='eager'"
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class Settings:
     """What ``torch.compile(..., options={...})`` may say.
 
     Attributes:
-        coupling, readout, activation, memory, leaves, strict, select, min_chain, min_saving: as
-            for `re2fx.transform`; the inputs are those of the call that is compiled.
+        coupling, readout, activation, memory, exact, leaves, strict, select, min_chain,
+            min_saving: as for `re2fx.transform`; the inputs are those of the call that is compiled.
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         compiler_options: Inductor's settings, what ``options`` is for ``backend="inductor"``.
         scope: ``"graph"`` compiles forward and backward as wholes; ``"region"`` compiles each
@@ -69,6 +75,7 @@ class Settings:
     readout: Readout = "mean"
     activation: str = "branch"
     memory: Memory = "reversible"
+    exact: bool | FixedPoint = False
     leaves: Leaves = ()
     strict: bool = False
     select: Select | None = None
@@ -94,13 +101,20 @@ class Settings:
         if self.scope == "region" and self.memory == "store":
             raise OptionError("scope='region' runs reversibly; memory='store' needs scope='graph'")
         _ = self.rewiring, self.inner
+        if self.exact and self.memory == "reversible" and self.whole:
+            raise OptionError(f"exact={self.exact!r}: {EXACT_IN_REGIONS}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether forward and backward are compiled as wholes."""
+        return self.scope == "graph" and self.compiler != "eager"
 
     @property
     def rewiring(self) -> Options:
         """The part that says how to rewire."""
         coupling = self.coupling or Coupling.re2tal()
         policy = Policy(self.select, self.min_chain, self.min_saving)
-        return Options(coupling, self.readout, self.activation, self.memory, policy)
+        return Options(coupling, self.readout, self.activation, self.memory, policy, self.exact)
 
     @property
     def inner(self) -> Inner:
@@ -186,7 +200,7 @@ def run_rewired(
 ) -> Function:
     """Give a rewired graph to the executor that the settings ask for."""
     reversible = settings.memory == "reversible"
-    if settings.compiler == "eager" or settings.scope == "region":
+    if not settings.whole:
         return Runner.of(lifted, rewired, settings)
     graph = rewired.graph
     if reversible:
@@ -206,9 +220,11 @@ def compile_rewired(
         raise OptionError(
             f"{origin.name} is rewired already; {', '.join(REWIRING)} are re2fx.transform's to say"
         )
-    if settings.compiler == "eager" or settings.scope == "region":
+    if not settings.whole:
         graph, wirings = unmark(lifted.graph)
         return Runner.of(lifted, Rewired(graph, Plan(), wirings), settings)
+    if is_exact(lifted.graph):
+        raise OptionError(f"{origin.name} was rewired with exact=True: {EXACT_IN_REGIONS}")
     return settings.inner.compile(module, inputs, reverse)
 
 
@@ -263,7 +279,8 @@ class Runner:
             program = outline(graph, root, wirings if settings.memory == "reversible" else ())
             return cls(lifted, program, stored)
         regions = Regions(root, settings.inner.wrap)
-        return cls(lifted, outline(graph, root, wirings, regions.compile), None)
+        program = outline(graph, root, wirings, regions.compile)
+        return cls(lifted, with_kernels(program, Kernels().compiled(settings.inner.wrap)), None)
 
     def __call__(self, *inputs: Any) -> Any:
         """Take and return what the graph does."""

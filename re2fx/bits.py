@@ -61,7 +61,8 @@ def unpack(high: Tensor, packed: Tensor, count: int) -> Tensor:
     mask = 2**count - 1
     lanes = [((words >> lane * count) & mask).to(high.dtype) for lane in range(LANES)]
     low = torch.stack(lanes).view(-1)[: high.numel()].view(high.shape)
-    return (high << count) | low
+    joined: Tensor = (high << count) | low
+    return joined
 
 
 def word_of(count: int) -> torch.dtype:

@@ -10,9 +10,9 @@ chain are whole numbers in units of ``2^-fraction``. For ``|b| = 2^-j`` a step a
 so that a chain costs ``j`` bits per element and block, and none for Re2TAL's ``b = 1``. Gradients
 pass the rounding straight through (Bengio et al., 2013): ``(a, b, c)`` times the gradient.
 
-Autograd only knows tensors of floating-point numbers, so a state is *carried* in the bits of one: an
-int32 in a float32, an int64 in a float64 (``tensor.view(dtype)``). Nothing computes with a carrier;
-`decode` gives the numbers it stands for, and shape-only operations move its bits as they are.
+Autograd only knows tensors of floating-point numbers, so a state is *carried* in the bits of one:
+an int32 in a float32, an int64 in a float64 (``tensor.view(dtype)``). Nothing computes with a
+carrier; `decode` gives the numbers it stands for, and shape-only operations move its bits.
 
 The idea of keeping the bits that a division loses is from MacLaurin et al., Gradient-based
 Hyperparameter Optimization through Reversible Learning (2015); BDIA (Zhang et al., 2024) applies it
@@ -88,6 +88,51 @@ class FixedPoint:
         return 2.0 ** (carrier.itemsize * 8 - 2)
 
 
+# The arithmetic on whole numbers.
+
+
+def change(
+    current: Tensor, branch: Tensor, dtype: torch.dtype, a: float, c: float
+) -> tuple[Tensor, Tensor]:
+    """``round(a p + c f)`` and the largest of its size."""
+    value = branch.to(dtype) * c
+    if a != 0:
+        value = value + current.to(dtype) * a
+    largest = value.abs().amax() if value.numel() else value.new_zeros(())
+    return value.round().to(current.dtype), largest
+
+
+def combine(change: Tensor, previous: Tensor, shift: int, negative: bool) -> tuple[Tensor, Tensor]:
+    """The state behind, and the bits of the one before that are lost in it, packed."""
+    kept = previous >> shift if shift else previous
+    following = change - kept if negative else change + kept
+    return following, pack(previous, shift) if shift else previous.new_empty(0)
+
+
+def separate(
+    following: Tensor, change: Tensor, lost: Tensor | None, shift: int, negative: bool
+) -> Tensor:
+    """The state before."""
+    kept = change - following if negative else following - change
+    return kept if lost is None else unpack(kept, lost, shift)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The arithmetic, as it is or compiled.
+
+    `change` is one function for both directions, so that both round alike however it is compiled.
+    """
+
+    change: Function = change
+    combine: Function = combine
+    separate: Function = separate
+
+    def compiled(self, wrap: Callable[[Function], Function]) -> Kernels:
+        """Each through a compiler."""
+        return Kernels(wrap(self.change), wrap(self.combine), wrap(self.separate))
+
+
 @dataclass(frozen=True)
 class FixedCoupling(Coupling):
     """A coupling of states in fixed point.
@@ -99,9 +144,9 @@ class FixedCoupling(Coupling):
         kernels: what does the arithmetic.
     """
 
-    point: FixedPoint = FixedPoint()  # noqa: RUF009
+    point: FixedPoint = FixedPoint()
     where: str = ""
-    kernels: Kernels = field(default_factory=lambda: KERNELS, repr=False, compare=False)
+    kernels: Kernels = field(default_factory=Kernels, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +159,12 @@ class FixedCoupling(Coupling):
     def of(cls, coupling: Coupling, point: FixedPoint) -> FixedCoupling:
         """A coupling's coefficients in fixed point."""
         return cls(coupling.a, coupling.b, coupling.c, point=point)
+
+    @classmethod
+    def read(cls, arguments: Any) -> FixedCoupling:
+        """Off the arguments of the operator of a step."""
+        a, b, c, fraction, width, where = arguments[3:]
+        return cls(a, b, c, point=_given(fraction, width), where=where)
 
     @property
     def shift(self) -> int:
@@ -163,7 +214,9 @@ class FixedCoupling(Coupling):
         self, current: Tensor, previous: Tensor, branch: Tensor, gauge: Gauge, where: str
     ) -> tuple[Tensor, Tensor | None]:
         """``p_{i+1}`` and the bits that were shifted out, packed."""
-        following, lost = _Advance.apply(current, previous, branch, self, gauge, where)
+        following, lost = _Advance.apply(  # type: ignore[no-untyped-call]
+            current, previous, branch, self, gauge, where
+        )
         return following, lost if self.shift else None
 
     def retreat(
@@ -172,7 +225,7 @@ class FixedCoupling(Coupling):
         """``p_{i-1}`` from ``p_{i+1}``, ``p_i``, the branch's result and the bits shifted out."""
         change, _ = self.change(current, branch)
         carried = CARRIED[following.dtype]
-        whole = self.kernels.separate(
+        whole: Tensor = self.kernels.separate(
             following.view(carried), change, lost, self.shift, self.b < 0
         )
         return whole.view(following.dtype)
@@ -180,9 +233,10 @@ class FixedCoupling(Coupling):
     def change(self, current: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """``round(a p_i + c F_i(p_i))`` in whole units, and the largest of its size."""
         carried, scale = CARRIED[current.dtype], 2.0 ** self.point.bits(current.dtype)
-        return self.kernels.change(
+        found: tuple[Tensor, Tensor] = self.kernels.change(
             current.view(carried), branch, current.dtype, self.a, self.c * scale
         )
+        return found
 
 
 _REMEDY = (
@@ -194,9 +248,9 @@ _REMEDY = (
 class Gauge:
     """Watches that the numbers of one chain stay in their range.
 
-    On the CPU each block is looked at when it has run: the largest change bounds the states, and only
-    if the bound reaches the limit is the state itself measured. Elsewhere that would wait for the
-    device once a block, so the figures are gathered and looked at where the chain ends.
+    On the CPU each block is looked at when it has run: the largest change bounds the states, and
+    only if the bound reaches the limit is the state itself measured. Elsewhere that would wait for
+    the device once a block, so figures are gathered and looked at where the chain ends.
     """
 
     def __init__(self) -> None:
@@ -214,7 +268,8 @@ class Gauge:
         """Look at one step.
 
         Args:
-            following, states: whole numbers: the new state, and the two before.
+            following: the new state, in whole numbers.
+            states: the two before.
             largest: of the sizes of the changes, in units.
             coupling: of the step.
             where: the residual.
@@ -272,8 +327,8 @@ def check(largest: float, point: FixedPoint, carrier: torch.dtype, where: str) -
             "pass it on."
         )
     raise RangeError(
-        f"{where or 'the stream'}: a value of {largest * unit:.4g} does not fit into a stream whose "
-        f"largest is {limit * unit:.4g} ({point.bits(carrier)} bits behind the point). Use "
+        f"{where or 'the stream'}: a value of {largest * unit:.4g} does not fit into a stream of "
+        f"at most {limit * unit:.4g} ({point.bits(carrier)} bits behind the point). Use "
         "exact=re2fx.FixedPoint(fraction=...) with fewer bits, or width=64."
     )
 
@@ -281,54 +336,6 @@ def check(largest: float, point: FixedPoint, carrier: torch.dtype, where: str) -
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has no values."""
     return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-# The arithmetic on whole numbers.
-
-
-def change(
-    current: Tensor, branch: Tensor, dtype: torch.dtype, a: float, c: float
-) -> tuple[Tensor, Tensor]:
-    """``round(a p + c f)`` and the largest of its size."""
-    value = branch.to(dtype) * c
-    if a != 0:
-        value = value + current.to(dtype) * a
-    largest = value.abs().amax() if value.numel() else value.new_zeros(())
-    return value.round().to(current.dtype), largest
-
-
-def combine(change: Tensor, previous: Tensor, shift: int, negative: bool) -> tuple[Tensor, Tensor]:
-    """The state behind, and the bits of the one before that are lost in it, packed."""
-    kept = previous >> shift if shift else previous
-    following = change - kept if negative else change + kept
-    return following, pack(previous, shift) if shift else previous.new_empty(0)
-
-
-def separate(
-    following: Tensor, change: Tensor, lost: Tensor | None, shift: int, negative: bool
-) -> Tensor:
-    """The state before."""
-    kept = change - following if negative else following - change
-    return kept if lost is None else unpack(kept, lost, shift)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The arithmetic, as it is or compiled.
-
-    `change` is one function for both directions, so that both round alike however it is compiled.
-    """
-
-    change: Function = change
-    combine: Function = combine
-    separate: Function = separate
-
-    def compiled(self, wrap: Callable[[Function], Function]) -> Kernels:
-        """Each through a compiler."""
-        return Kernels(wrap(self.change), wrap(self.combine), wrap(self.separate))
-
-
-KERNELS = Kernels()
 
 
 class _Advance(torch.autograd.Function):
@@ -357,7 +364,7 @@ class _Advance(torch.autograd.Function):
         return following.view(current.dtype), lost
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         return (*straight(grad, ctx.coefficients, ctx.branch), None, None, None)
 
 
@@ -468,6 +475,12 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "re2fx_exact::step", _step_backward, setup_context=_step_context, lib=_library
 )
+
+
+def decompose_decode(state: Tensor, fraction: int, width: int) -> Tensor:
+    """`DECODE` for a compiler that fuses it with what reads it."""
+    return _decode(state, fraction, width)
+
 
 ENCODE = torch.ops.re2fx_exact.encode.default
 DECODE = torch.ops.re2fx_exact.decode.default

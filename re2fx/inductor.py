@@ -16,12 +16,20 @@ from torch._inductor.custom_graph_pass import (
     CustomPartitionerFn,
     get_hash_for_files,
 )
+from torch._inductor.decomposition import decompositions
 from torch.fx import Graph, GraphModule
+
+from .exact import DECODE, decompose_decode
 
 _HERE = Path(__file__).parent
 _SOURCES = tuple(
     str(_HERE / name) for name in ("aten.py", "coupling.py", "marks.py", "passes/reverse.py")
 )
+
+
+def know_operators() -> None:
+    """Let Inductor fuse the reading of states in fixed point; it knows nothing else of it."""
+    decompositions.setdefault(DECODE, decompose_decode)
 
 
 class ReversePass(CustomGraphPass):

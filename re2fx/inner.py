@@ -70,6 +70,9 @@ class Inner:
             return function
         settings: dict[str, Any] = {}
         if self.name == "inductor":
+            from .inductor import know_operators
+
+            know_operators()
             settings["options"] = self.patches() or None
         return torch.compile(function, backend=self.name, fullgraph=True, **settings)
 

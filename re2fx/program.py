@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .exact import FixedCoupling, Kernels
 from .layout import Relayout
 from .runtime import ChainCall, Reverse
 
@@ -125,6 +126,18 @@ class Program:
                 if place is not None:
                     values[place] = state
         return None
+
+
+def with_kernels(program: Program, kernels: Kernels) -> Program:
+    """The same with other code for steps in fixed point."""
+
+    def step(one: Step) -> Step:
+        coupling = one.frame.coupling if isinstance(one, RunBlock) else None
+        if not isinstance(one, RunBlock) or not isinstance(coupling, FixedCoupling):
+            return one
+        return replace(one, frame=replace(one.frame, coupling=replace(coupling, kernels=kernels)))
+
+    return replace(program, steps=tuple(map(step, program.steps)))
 
 
 _recording: ContextVar[list[ChainCall] | None] = ContextVar("re2fx_recording", default=None)

@@ -192,6 +192,7 @@ class ChainCall:
         following, record.lost = frame.coupling.advance(
             current, previous, branch, self._gauge, frame.name
         )
+        assert isinstance(following, torch.Tensor)
         if following.shape != current.shape or following.dtype != current.dtype:
             raise StreamError(
                 f"{frame.name}: the residual turns a stream of {tuple(current.shape)} "

@@ -140,7 +140,7 @@ def test_an_edit_of_a_saved_tensor_is_rejected(executor: str) -> None:
 def leave_and_clear(self: ChainCall) -> None:
     """`ChainCall.leave` that wipes what the chain was given."""
     current, previous = self.streams
-    self.output = (current.detach().clone(), previous.detach().clone())
+    self.states = (current.detach().clone(), previous.detach().clone())
     for tensor in (current, previous):
         tensor.detach().zero_()
     self._streams = None
