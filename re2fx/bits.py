@@ -38,7 +38,8 @@ def pack(whole: Tensor, count: int) -> Tensor:
     for lane in range(1, LANES):
         packed = packed | (lanes[lane] << lane * count)
     raw = packed.contiguous().view(torch.uint8).view(-1, word.itemsize)
-    return raw[:, :count].contiguous().view(-1)
+    taken: Tensor = raw[:, :count].contiguous().view(-1)
+    return taken
 
 
 def unpack(high: Tensor, packed: Tensor, count: int) -> Tensor:

@@ -30,6 +30,7 @@ from .cli_options import (
     CaptureName,
     CaptureOpt,
     CouplingOpt,
+    ExactOpt,
     HtmlOpt,
     InputOpt,
     JsonOpt,
@@ -98,6 +99,7 @@ def diff(
     input: InputOpt = None,
     coupling: CouplingOpt = None,
     readout: ReadoutOpt = ReadoutName.mean,
+    exact: ExactOpt = False,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
     capture: CaptureOpt = CaptureName.auto,
@@ -123,7 +125,7 @@ def diff(
         if other is not None:
             after = load(other, input or (), "meta").model
         else:
-            choice = chosen(leaf, capture, select, min_chain, min_saving)
+            choice = chosen(leaf, capture, select, min_chain, min_saving) | {"exact": exact}
             after = rewired(made, coupling, readout, activation, choice)
         result = compare(made.model, after, example_inputs=made.inputs)
         if html is not None:
@@ -142,6 +144,7 @@ def report(
     input: InputOpt = None,
     coupling: CouplingOpt = None,
     readout: ReadoutOpt = ReadoutName.mean,
+    exact: ExactOpt = False,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
     capture: CaptureOpt = CaptureName.auto,
@@ -167,6 +170,7 @@ def report(
             coupling=read_coupling(coupling),
             readout=readout.value,
             activation=activation.value,
+            exact=exact,
             **chosen(leaf, capture, select, min_chain, min_saving),
         )
         if plot is not None:
@@ -182,6 +186,7 @@ def verify(
     input: InputOpt = None,
     coupling: CouplingOpt = None,
     readout: ReadoutOpt = ReadoutName.mean,
+    exact: ExactOpt = False,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
     capture: CaptureOpt = CaptureName.auto,
@@ -197,7 +202,7 @@ def verify(
 
     with working(f"verifying {target}"):
         made = load(target, input or ())
-        choice = chosen(leaf, capture, select, min_chain, min_saving)
+        choice = chosen(leaf, capture, select, min_chain, min_saving) | {"exact": exact}
         rev = rewired(made, coupling, readout, activation, choice)
         result = verify_model(rev, made.inputs)
         if plot is not None:
@@ -216,6 +221,7 @@ def demo(
     input: InputOpt = None,
     coupling: CouplingOpt = None,
     readout: ReadoutOpt = ReadoutName.mean,
+    exact: ExactOpt = False,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
     capture: CaptureOpt = CaptureName.auto,
@@ -231,7 +237,7 @@ def demo(
 
     with working(f"building {target}"):
         made = load(target, input or ())
-        choice = chosen(leaf, capture, select, min_chain, min_saving)
+        choice = chosen(leaf, capture, select, min_chain, min_saving) | {"exact": exact}
         rev = rewired(made, coupling, readout, activation, choice)
     result = demonstrate(made.model, rev, made.inputs, steps, console())
     show(result, as_json)

@@ -41,6 +41,10 @@ CouplingOpt = Annotated[
     ),
 ]
 ReadoutOpt = Annotated[ReadoutName, typer.Option("--readout", help="How the streams become one.")]
+ExactOpt = Annotated[
+    bool,
+    typer.Option("--exact", help="Carry the streams in fixed point: reconstructed to the bit."),
+]
 ActivationOpt = Annotated[
     ActivationName,
     typer.Option("--activation", help="Where an activation behind an addition goes."),

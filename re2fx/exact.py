@@ -278,7 +278,7 @@ class Gauge:
             RangeError: a number is too large, or no number.
         """
         dtype = largest.dtype
-        if following.device.type != "cpu" or is_fake(following):
+        if not immediate(following):
             self._waiting.append((where, coupling.point, dtype, largest))
             self._waiting.append((where, coupling.point, dtype, size(following, dtype)))
             return
@@ -331,6 +331,11 @@ def check(largest: float, point: FixedPoint, carrier: torch.dtype, where: str) -
         f"at most {limit * unit:.4g} ({point.bits(carrier)} bits behind the point). Use "
         "exact=re2fx.FixedPoint(fraction=...) with fewer bits, or width=64."
     )
+
+
+def immediate(tensor: Tensor) -> bool:
+    """Whether reading a value off a tensor waits for nothing."""
+    return tensor.device.type == "cpu" and not is_fake(tensor)
 
 
 def is_fake(tensor: Tensor) -> bool:

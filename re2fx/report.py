@@ -21,6 +21,7 @@ from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes
 from .conditioning import check_conditioning
 from .coupling import Coupling, Readout
 from .errors import InputError, OptionError, Re2fxError
+from .exact import FixedPoint
 from .fake import Fakes, fake_twin
 from .footprint import ChainBytes, Kept, Report
 from .given import as_module
@@ -46,6 +47,7 @@ def report(
     coupling: Coupling | None = None,
     readout: Readout = "mean",
     activation: str = "branch",
+    exact: bool | FixedPoint = False,
     leaves: Leaves = (),
     capture: str = "auto",
     select: Select | None = None,
@@ -67,6 +69,7 @@ def report(
         coupling: as for `transform`.
         readout: as for `transform`.
         activation: as for `transform`.
+        exact: as for `transform`.
         leaves: as for `transform`.
         capture: as for `transform`.
         select: as for `transform`.
@@ -83,7 +86,9 @@ def report(
     """
     model = as_module(model)
     policy = Policy(select, min_chain, min_saving)
-    options = Options(coupling or Coupling.re2tal(), readout, activation, "reversible", policy)
+    options = Options(
+        coupling or Coupling.re2tal(), readout, activation, "reversible", policy, exact
+    )
     _check(model, example_inputs, measure)
     route = _route(model, example_inputs, options, leaves, capture)
     fakes = Fakes()
