@@ -314,6 +314,7 @@ def outcome(run: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> Outcome:
     return Outcome([output.detach()], gradients, {}, torch.get_rng_state())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo hides it
 @pytest.mark.parametrize("given", ["model", "rewired"])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled_by_regions(compiler: str, given: str) -> None:
@@ -332,6 +333,7 @@ def test_compiled_by_regions(compiler: str, given: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("mixed", [False, True])
 def test_compiled_by_inductor(mixed: bool) -> None:
     """The very same kernels run again: no bit differs from running them once and storing."""
