@@ -202,8 +202,8 @@ def times(scope: str, mixed: bool, layers: int, rounds: int) -> Row:
     for name, exact, bits in (("float", False, 0), *((f"{j} bits", True, j) for j in BITS)):
         rev: Any = re2fx.transform(model, exact=exact, coupling=coupling(bits))
         if scope == "region":
-            options: dict[str, Any] = {"scope": "region"}
-            rev = torch.compile(rev, backend="re2fx", options=options, isolate_recompiles=True)
+            settings: dict[str, Any] = {"options": {"scope": "region"}, "isolate_recompiles": True}
+            rev = torch.compile(rev, backend="re2fx", **settings)
         step = training_step(rev, images)
 
         def mixed_step(step: Callable[[], None] = step) -> None:

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .common import CONTENDERS, RESULTS, read_results
+from .exactness_tables import plot_exactness, text_exactness
 from .situation_tables import text_situations
 from .tables import TEXTS as TABLES
 from .tables import Data
@@ -199,6 +200,7 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     **TABLES,
     "zoo": ("zoo", text_zoo),
     "situations": ("situations", text_situations),
+    "exactness": ("exactness", text_exactness),
 }
 
 # Pages beside the result files, which have more to say than a README takes.
@@ -210,6 +212,7 @@ PLOTS: dict[str, Callable[[Data], Figure]] = {
     "demo": plot_demo,
     "compiled": plot_compiled,
     "zoo": plot_zoo,
+    "exactness": plot_exactness,
 }
 
 
