@@ -309,11 +309,18 @@ class ChainCall:
         self._walks.pop(task, None)
 
     def _bring_back(self, walk: Walk, block: int) -> None:
-        """Walk to a block and collect what it saves, from the end again if it was passed."""
-        if walk.front <= block:
+        """Walk to a block and collect what it saves, from the end again if it was passed.
+
+        A backward that reads a tensor a second time finds the walk in front of its block: the
+        branch is run again, nothing else.
+        """
+        if walk.front < block:
             fresh = self._start()
             walk.front, walk.current, walk.previous = fresh.front, fresh.current, fresh.previous
         with torch.no_grad():
+            if walk.front == block:
+                self._rerun(walk, self.records[block], walk.current, collect=True)
+                return
             while walk.front > block + 1:
                 self._step_back(walk, collect=False)
             self._step_back(walk, collect=True)
