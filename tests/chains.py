@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,3 +69,19 @@ def reset(both: Pair) -> None:
     """Count from zero."""
     for branch in both.model.branches:  # type: ignore[union-attr]
         branch.calls = 0
+
+
+def two_sines(x: Tensor) -> Tensor:
+    """Saves two tensors."""
+    return x.sin().sin()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Reference counting alone."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,4 +1,90 @@
-"""PLACEHOLDER"""
+"""Torch's tests of its non-reentrant checkpoint, restated for reversible chains.
+
+Each runs a rewired network against stored execution of the same one. This file: inputs, outputs
+and gradients. ``counts``, ``surroundings``, ``nested`` and ``hooks`` below stand for the files
+test_checkpoint_counts.py and so on; ``test_`` and ``test_checkpoint(ing)_without_reentrant`` are
+left out of torch's names.
+
+test_autograd.py, TestAutograd
+    (none), input_requires_grad             test_inputs_with_and_without_a_gradient
+    correct_grad                            test_backward_and_grad_agree
+    arbitrary_input_output                  test_structures_and_what_is_no_tensor
+    with_block_mask                         the same: a mask that is no tensor stays as it is
+    detached_tensor                         test_detached_branches
+    saved_object_identity                   test_a_saved_tensor_is_the_one_that_was_saved
+    parameter_used_in_an_out                test_hooks_of_a_parameter_inside_and_outside
+    memory_savings                          counts: test_bytes_kept_for_the_backward
+    dataparallel                            hooks: test_data_parallel, test_backwards_in_other_...
+    custom_function_works                   nested: test_a_function_that_reads_twice
+    custom_autograd_ac_early_stop           nested: test_what_a_function_saved_is_freed
+    with_context_fn                         hooks: test_a_mode_around_forward_and_backward
+    checkpointing_non_reentrant_autocast_*  surroundings: test_autocast, ..._within_autocast
+    checkpoint_graph_execution_group        counts: test_two_backwards_over_parts_of_a_graph;
+                                            a group is torch's own: each backward has its walk
+    checkpoint_detects_non_determinism      surroundings: test_a_branch_that_is_not_deterministic
+    access_saved_tensor_twice_...           counts: test_a_saved_tensor_is_looked_at_outside_...
+    checkpoint_valid_reset_on_error         hooks: test_an_error_in_a_branch
+    checkpoint_device_context_fn            surroundings: test_a_device_context_around_...
+    checkpoint_automatic_dynamic_* (3)      hooks: test_a_compiled_function_in_a_branch
+    checkpoint_compile_no_recompile         does not apply: situations/test_rows_compile.py
+    checkpoint_error_suggests_mark_dynamic  does not apply: the text of another error
+    *_warns_if_use_reentrant_not_passed...  does not apply: no such argument
+    checkpointing (of 2000 inputs)          does not apply: reentrant, and the first one above
+
+test_autograd.py, TestNestedCheckpoint; early_stop=False does not apply: it cannot be turned off
+    nested_checkpoint                       nested: test_checkpoints_and_derivatives_around_a_chain,
+                                            test_the_graph_goes_..., test_a_gradient_inside_of_...
+    two_children                            nested: test_checkpoints_and_..._around_two_chains
+    non_tensor_inputs_and_outputs, kwargs   test_structures_and_..., test_inputs_with_and_...
+    same_graph                              nested: test_hooks_on_the_graph_run_once
+    reentrant_backwards                     nested: test_a_backward_in_a_hook_of_a_backward
+    set_early_stop                          counts: test_the_first_branch_stops_when_all_is_there
+    set_early_stop_no_recompution_needed    counts: test_nothing_runs_again_that_nothing_asks_for
+
+test_autograd.py, TestSelectiveActivationCheckpoint
+    flops_and_mem                           counts: test_arithmetic_of_a_backward
+    output_already_has_autograd_meta,
+    function_with_more_than_one_output      surroundings: test_writes_and_views_in_a_branch
+    function_with_non_tensor_output,
+    policy_with_state                       surroundings: test_selective_checkpoints
+    version_counter                         surroundings: test_a_write_to_a_saved_tensor
+    storage_lifetime                        counts: test_what_was_brought_back_is_freed_at_once
+    can_only_trigger_recompute_once         counts: test_branches_run_again_once; here it can twice
+    bad_inputs, subclass_dispatching_sizes,
+    auto_naming_mode_names                  does not apply: re2fx has no policy of operators
+
+test_utils.py, TestCheckpoint
+    checkpoint_trigger                      counts: test_branches_run_again_once
+    checkpoint_valid                        nested: test_checkpoints_and_derivatives_around_a_chain
+    checkpoint, checkpoint_module_list      nested: test_a_sequence_of_chains
+    checkpoint_rng_cpu                      surroundings: test_random_numbers
+    not_preserve_rng_state_and_without_...  nested: test_a_checkpoint_around_a_chain
+    non_tensor, non_tensor_inputs_outputs   test_structures_and_what_is_no_tensor
+    no_tensors                              test_no_tensor_among_the_inputs
+    partial_grad                            test_one_of_two_inputs_..., test_nothing_needs_a_...
+    early_free                              counts: test_what_was_brought_back_is_freed_at_once
+    checkpoint_rng_gpu, get_device_states_*,
+    infer_device_state_*                    does not apply: needs a GPU, or is of a private function
+    sequential_deprecated_* (2)             does not apply: no such function
+
+distributed/test_c10d_common.py, all in situations/test_rows_distributed.py, REPLICATED
+    ddp_checkpointing_once                  once, static graph
+    ..._unused_params                       unused; static graph, unused
+    ..._twice, ..._twice_static_graph       twice; static graph, twice
+    ..._dynamic_module                      dynamic, grows; dynamic, shrinks
+    ..._dynamic_weight_sharing              dynamic, shared
+    ..._weight_sharing,
+    ..._twice_weight_sharing                shared; static graph, shared (the block runs four times)
+
+distributed/_composable/test_checkpoint.py, distributed/fsdp/test_checkpoint_wrapper.py
+    tensor_only_*, random_cpu, multi_args   the first ones above
+    clears_state_on_error_in_forward        hooks: test_an_error_in_a_branch
+    forward_missing_attributes, fqn,
+    checkpoint_wrapper_parity               nested: test_a_checkpoint_wrapper_around_a_chain
+    args_kwargs, kwarg_support              test_inputs_with_and_without_a_gradient
+    apply_activation_checkpointing          nested: test_a_checkpoint_around_each_block
+    cpu_offload                             hooks: test_saved_tensor_hooks
+"""
 
 from __future__ import annotations
 
@@ -9,16 +95,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
 
-from re2fx.memory import live_bytes, saved_bytes
-
-from .chains import Branch, Chain, Parts, X, calls, chain, of, reset
+from .chains import Branch, Chain, Parts, X, calls, chain, of
 from .compare import weighted
-from .models import Net
 from .situations.harness import Run, compare, double, example, pair
-
 
 # Inputs, outputs, gradients
 
@@ -239,172 +319,3 @@ def test_a_saved_tensor_is_the_one_that_was_saved() -> None:
     other.reversible(X, given).sum().backward()
     assert [found.data_ptr() for found in Keep.found] == [given.data_ptr()] * 2
     Keep.found.clear()
-
-
-# How often a branch runs
-
-
-def plain(x: Tensor) -> Tensor:
-    """Saves nothing."""
-    return x.clone()
-
-
-def test_branches_run_again_once() -> None:
-    """In the backward, and then in each further one; not without gradients, not when stored."""
-    both = of(torch.tanh)
-    output = both.reversible(X)
-    assert calls(both) == [1, 1, 1]
-    for times in (2, 3, 4):
-        output.sum().backward(retain_graph=True)
-        assert calls(both) == [times] * 3
-    both.store(X).sum().backward()
-    with torch.no_grad():
-        both.reversible(X)
-    assert calls(both) == [6, 6, 6]
-
-
-class Quiet(nn.Module):
-    """A branch that saves nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift, self.calls = nn.Parameter(torch.zeros(4)), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * 2.0 + self.shift
-
-
-@pytest.mark.parametrize(
-    ("kinds", "expected"),
-    [("qqq", [1, 1, 1]), ("qqb", [1, 1, 2]), ("bqq", [2, 2, 2]), ("qbq", [1, 2, 2])],
-)
-def test_nothing_runs_again_that_nothing_asks_for(kinds: str, expected: list[int]) -> None:
-    """The walk ends at the first branch that saved something; none begins where none did."""
-    both = chain(*[Branch() if kind == "b" else Quiet() for kind in kinds])
-    both.reversible(X).sum().backward()
-    assert calls(both) == expected
-    reset(both)
-    compare(both, X)
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_only_the_blocks_behind_a_wanted_gradient(index: int) -> None:
-    """`inputs=` of a backward ends the walk."""
-    both = of(torch.tanh)
-    wanted = both.model.get_parameter(f"branches.{index}.inner.weight")
-    both.reversible(X).sum().backward(inputs=[wanted])
-    assert calls(both) == [1] * index + [2] * (3 - index)
-    got = wanted.grad
-    wanted.grad = None
-    both.store(X).sum().backward(inputs=[wanted])
-    torch.testing.assert_close(got, wanted.grad, rtol=1e-11, atol=1e-12)
-
-
-def test_the_first_branch_stops_when_all_is_there() -> None:
-    """What only its result needs is not run: nothing lies before it."""
-    ends: list[Tensor] = []
-
-    def function(x: Tensor) -> Tensor:
-        out = torch.tanh(x)
-        ends.append(out)
-        return out + 1.0
-
-    both = of(function)
-    both.reversible(X).sum().backward()
-    assert calls(both) == [2, 2, 2]
-    assert len(ends) == 3 + 2
-
-
-def test_arithmetic_of_a_backward() -> None:
-    """One branch more than stored execution for every block, and half of the first."""
-
-    def flops(run: Run) -> int:
-        with FlopCounterMode(display=False) as counter:
-            weighted(run(X)).backward()
-        return counter.get_total_flops()
-
-    both = pair("eager", double(Net(depth=5)))
-    linear = 2 * 5 * 8 * 16
-    assert flops(both.reversible) - flops(both.store) == (2 * 5 - 1) * linear
-
-
-def test_a_saved_tensor_is_looked_at_outside_of_a_backward() -> None:
-    """Each look runs the branches behind it again and leaves nothing; a backward frees it."""
-    seen: list[tuple[Any, Tensor]] = []
-
-    def function(x: Tensor) -> Tensor:
-        out = torch.exp(x * 0.1)
-        seen.append((out.grad_fn, out.detach()))
-        return out
-
-    both = of(function)
-    output = both.reversible(X)
-    first, last = seen[0], seen[2]
-    for node, value in (first, first, last):
-        torch.testing.assert_close(node._saved_result, value, rtol=1e-12, atol=1e-12)
-    assert calls(both) == [3, 3, 4]
-    output.sum().backward()
-    assert calls(both) == [4, 4, 5]
-    with pytest.raises(RuntimeError, match="already been freed"):
-        first[0]._saved_result  # noqa: B018
-
-
-def test_two_backwards_over_parts_of_a_graph() -> None:
-    """First the later parameters, then the earlier ones, each on a walk of its own."""
-    both = of(torch.tanh, 4)
-
-    def situation(run: Run, model: nn.Module, inputs: Any) -> Any:
-        output = run(*inputs)
-        late = [p for name, p in model.named_parameters() if name[:10] in LATE]
-        grads = torch.autograd.grad(weighted(output), late, retain_graph=True)
-        if run is both.reversible:
-            assert calls(both) == [2, 2, 3, 3]  # with those of the stored run
-        weighted(output).backward(inputs=[model.get_parameter("stem.weight")])
-        return output, grads
-
-    compare(both, X, situation=situation)
-    assert calls(both) == [3, 3, 4, 4]
-
-
-LATE = ("branches.2", "branches.3")
-
-
-# Memory
-
-
-def test_bytes_kept_for_the_backward() -> None:
-    """The last two states, whatever the depth; in stored execution every activation."""
-    kept: dict[int, Any] = {}
-    for depth in (3, 12):
-        both = of(torch.sigmoid, depth)
-        parts = saved_bytes(lambda run=both.reversible: run(X), both.model)  # type: ignore[misc]
-        kept[depth] = (parts, *(live_bytes(lambda run=run: run(X)) for run in both))  # type: ignore[misc]
-    stream = X.numel() * 8
-    assert {parts.chains for parts, _, _ in kept.values()} == {(2 * stream,)}
-    assert kept[12][0] == kept[3][0]
-    assert kept[12][1] == kept[3][1]
-    assert kept[12][2] - kept[3][2] == 9 * 2 * stream  # the input of a layer, the result of sigmoid
-
-
-@pytest.mark.parametrize("retain", [True, False])
-def test_what_was_brought_back_is_freed_at_once(retain: bool) -> None:
-    """When a branch runs, nothing that another one made is alive."""
-    made: list[StorageWeakRef] = []
-    alive: list[int] = []
-
-    def function(x: Tensor) -> Tensor:
-        alive.append(sum(not ref.expired() for ref in made))
-        out = torch.exp(x * 0.1)
-        made.append(StorageWeakRef(out.untyped_storage()))
-        return torch.tanh(out)
-
-    both = of(function, 4)
-    output = both.reversible(X)
-    output.sum().backward(retain_graph=retain)
-    assert alive == [0] * 8
-    assert all(ref.expired() for ref in made)
-    made.clear()
-    alive.clear()
-    output = both.store(X)
-    assert alive == [0, 1, 2, 3]
