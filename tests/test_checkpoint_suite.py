@@ -9,7 +9,7 @@ test_autograd.py, TestAutograd
     (none), input_requires_grad             test_inputs_with_and_without_a_gradient
     correct_grad                            test_backward_and_grad_agree
     arbitrary_input_output                  test_structures_and_what_is_no_tensor
-    with_block_mask                         the same: a mask that is no tensor stays as it is
+    with_block_mask                         test_runtime_faults.py: test_side_inputs_in_containers
     detached_tensor                         test_detached_branches
     saved_object_identity                   test_a_saved_tensor_is_the_one_that_was_saved
     parameter_used_in_an_out                test_hooks_of_a_parameter_inside_and_outside
