@@ -5,6 +5,7 @@ The table is in test_checkpoint_suite.py.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -180,3 +181,20 @@ def test_what_was_brought_back_is_freed_at_once(retain: bool) -> None:
     alive.clear()
     output = both.store(X)
     assert alive == [0, 1, 2, 3]
+
+
+def tensors() -> int:
+    """How many are alive."""
+    gc.collect()
+    return sum(issubclass(type(held), Tensor) for held in gc.get_objects())
+
+
+def test_nothing_stays_of_a_backward_that_ends_early() -> None:
+    """What it brought back goes with it, though the graph is kept."""
+    both = of()
+    wanted = both.model.get_parameter("branches.1.inner.weight")
+    loss = both.reversible(X).sum()
+    torch.autograd.grad(loss, wanted, retain_graph=True)
+    before = tensors()
+    torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert tensors() == before

@@ -163,6 +163,7 @@ def test_backwards_in_other_threads(forward: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would want the model on the GPUs")
 def test_data_parallel() -> None:
     """`nn.DataParallel` around a chain, in a checkpoint and without one."""
     both = of()

@@ -62,7 +62,8 @@ test_utils.py, TestCheckpoint
     non_tensor, non_tensor_inputs_outputs   test_structures_and_what_is_no_tensor
     no_tensors                              test_no_tensor_among_the_inputs
     partial_grad                            test_one_of_two_inputs_..., test_nothing_needs_a_...
-    early_free                              counts: test_what_was_brought_back_is_freed_at_once
+    early_free                              counts: test_what_was_brought_back_is_freed_at_once,
+                                            test_nothing_stays_of_a_backward_that_ends_early
     checkpoint_rng_gpu, get_device_states_*,
     infer_device_state_*                    does not apply: needs a GPU, or is of a private function
     sequential_deprecated_* (2)             does not apply: no such function
@@ -84,6 +85,10 @@ distributed/_composable/test_checkpoint.py, distributed/fsdp/test_checkpoint_wra
     args_kwargs, kwarg_support              test_inputs_with_and_without_a_gradient
     apply_activation_checkpointing          nested: test_a_checkpoint_around_each_block
     cpu_offload                             hooks: test_saved_tensor_hooks
+
+Beyond torch's: test_only_the_blocks_behind_a_wanted_gradient, test_autocast_within_autocast,
+test_another_default_dtype_in_the_backward, test_the_order_of_hooks, and in ``nested`` chains and
+checkpoints inside of branches and backwards that run a chain.
 """
 
 from __future__ import annotations
