@@ -160,21 +160,24 @@ def test_bytes_kept_for_the_backward() -> None:
     assert kept[12][2] - kept[3][2] == 9 * 2 * stream  # the input of a layer, the result of sigmoid
 
 
+@pytest.mark.parametrize("part", [True, False])
 @pytest.mark.parametrize("retain", [True, False])
-def test_what_was_brought_back_is_freed_at_once(retain: bool) -> None:
-    """When a branch runs, nothing that another one made is alive."""
+def test_what_was_brought_back_is_freed_at_once(retain: bool, part: bool) -> None:
+    """When a branch runs, nothing that another one made is alive, wanted or not."""
     made: list[StorageWeakRef] = []
     alive: list[int] = []
+    other = torch.zeros_like(X, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:
         alive.append(sum(not ref.expired() for ref in made))
-        out = torch.exp(x * 0.1)
+        out = torch.exp(other if part else x * 0.1)
         made.append(StorageWeakRef(out.untyped_storage()))
-        return torch.tanh(out)
+        return x + out if part else torch.tanh(out)
 
     both = of(function, 4)
     output = both.reversible(X)
-    output.sum().backward(retain_graph=retain)
+    inputs = [both.model.get_parameter("stem.weight")] if part else None
+    output.sum().backward(retain_graph=retain, inputs=inputs)
     assert alive == [0] * 8
     assert all(ref.expired() for ref in made)
     made.clear()
