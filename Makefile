@@ -38,7 +38,7 @@ situations: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.situations
 	$(BIN)/python -m benchmarks.render
 
-# Random programs in random situations (about an hour on two cores); runs add up.
+# Random programs in random situations (about 25 minutes on two cores); runs add up.
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.fuzz
 	$(BIN)/python -m benchmarks.render
