@@ -63,7 +63,8 @@ def text_fuzz(data: Data) -> str:
     return (
         f"{data['tried']:,} random programs in random situations, {data['executors']['eager']:,} "
         f"in the eager executor and {data['executors'].get('compiled', 0):,} compiled: "
-        f"**{len(data['found'])} disagreements** ({verdicts}; lowest precision: {precisions})."
+        f"**{len(data['found'])} disagreements** ({verdicts}; lowest precision: {precisions}). "
+        f"On the way there were {len(data['mended'])}, which are mended and are tests now."
         f"\n\n{machine(data)}"
     )
 
