@@ -518,7 +518,7 @@ def couplings() -> st.SearchStrategy[Coupling]:
         st.just(Coupling.re2tal()),
         st.builds(Coupling.consistent, b),
         st.builds(Coupling.midpoint, b, c),
-        st.builds(Coupling.momentum, b),
+        st.builds(Coupling.momentum, st.floats(0.4, 0.95)),
         st.builds(Coupling.dr2net, st.floats(0.1, 1.0), b),
         st.builds(Coupling, st.floats(-1.0, 1.0), signed, c),
     )
