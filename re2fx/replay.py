@@ -292,9 +292,9 @@ def fixed(members: Members) -> dict[Place, tuple[str, torch.Tensor, int]]:
     return buffers | {(0, name): (name, t, t._version) for name, t in members.tensors}
 
 
-def running_statistics(owner: nn.Module) -> set[Place]:
+def running_statistics(owner: Any) -> set[Place]:
     """The places of the buffers that torch's batch norms move in training without reading them."""
-    if not owner.training or type(owner).forward not in BATCH_NORMS:
+    if getattr(type(owner), "forward", None) not in BATCH_NORMS or not owner.training:
         return set()
     return {(id(owner._buffers), name) for name in ("running_mean", "running_var")}
 
