@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from .common import CONTENDERS, RESULTS, read_results
 from .exactness_tables import plot_exactness, text_exactness
-from .situation_tables import text_situations
+from .situation_tables import text_fuzz, text_situations
 from .tables import TEXTS as TABLES
 from .tables import Data
 from .zoo_tables import page_zoo, plot_zoo, text_zoo
@@ -201,6 +201,7 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "zoo": ("zoo", text_zoo),
     "situations": ("situations", text_situations),
     "exactness": ("exactness", text_exactness),
+    "fuzz": ("fuzz", text_fuzz),
 }
 
 # Pages beside the result files, which have more to say than a README takes.
