@@ -25,6 +25,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx import ops
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
+from re2fx.couplings import Couplings, resolve
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
 from re2fx.wiring import Block, Link, Wiring
@@ -78,7 +79,7 @@ class Recorder(GraphAppendingTracer):
 def rewire(
     flow: Flow,
     plan: Plan,
-    coupling: Coupling,
+    coupling: Couplings,
     readout: Readout = "mean",
     activation: str = "branch",
 ) -> tuple[Graph, tuple[Wiring, ...]]:
@@ -87,7 +88,7 @@ def rewire(
     Args:
         flow: the dataflow of the normalised graph the plan was made for.
         plan: what to rewire.
-        coupling: how the two streams combine.
+        coupling: how the two streams combine; one for all chains or one per chain.
         readout: how two streams become one value, at taps and at the end of a chain.
         activation: ``"branch"`` moves an activation behind an addition into the branch,
             ``"stream"`` leaves the stream before it and applies it where the stream is read.
@@ -97,9 +98,11 @@ def rewire(
 
 class _Rewirer:
     def __init__(
-        self, flow: Flow, plan: Plan, coupling: Coupling, readout: Readout, activation: str
+        self, flow: Flow, plan: Plan, coupling: Couplings, readout: Readout, activation: str
     ) -> None:
-        self.flow, self.plan, self.coupling, self.readout = flow, plan, coupling, readout
+        self.flow, self.plan, self.readout = flow, plan, readout
+        outputs = [chain.output for chain in plan.chains]
+        self.couplings = dict(zip(outputs, resolve(coupling, plan.chains), strict=True))
         self.on_stream = activation == "stream"
         self.switches = any(ops.switches_context(node) for node in flow.nodes)
         self.graph = Graph()
@@ -171,7 +174,7 @@ class _Rewirer:
         branch = self.branch_sum(residual)
         if moved is not None and not self.on_stream:
             branch = self.activate(moved, branch, self.sole_branch(residual))
-        coupling = self.coupling.scaled(residual.skip_scale, 1.0)
+        coupling = self.couplings[chain.output].scaled(residual.skip_scale, 1.0)
         current, previous = state.pair.current, state.pair.previous
         new = self.emit(add, coupling.step, current, previous, branch)
         state.couplings.append((coupling, residual.skip_scale))
