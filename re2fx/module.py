@@ -174,7 +174,7 @@ class RewiredModule(GraphModule):
         The chains are those that `re2fx.explain` lists, those of rewired modules inside this one
         too. It may be set to anything that `re2fx.transform` takes, between any two calls, to move
         it while the network trains (see `re2fx.Schedule`); the backward of an earlier call still
-        undoes what that call did. With ``readout="mean"`` setting it takes well under a
+        undoes what that call did. With ``readout="mean"`` setting it takes about a
         millisecond for what the reversible executor runs; the plain graph is rewired once more
         when it is next needed: in eval mode without gradients, with ``memory="store"``, or when it
         is looked at. With ``readout="sum"``, whose weights depend on the coupling, the next call
