@@ -375,7 +375,7 @@ class RewiredModule(GraphModule):
             self.memory,
             self._executors,
             self._recipe,
-            tuple(self._variants[1:]),
+            tuple(map(copy.copy, self._variants[1:])),
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
         return arguments, extra
