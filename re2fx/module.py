@@ -235,7 +235,10 @@ class RewiredModule(GraphModule):
 
     @property
     def graph(self) -> Graph:
-        """The two-stream program of the current mode; after editing it call `recompile`."""
+        """The two-stream program of the current mode; after editing it call `recompile`.
+
+        Setting `coupling` makes another graph, in which an edit without that call is missing.
+        """
         return self._rewired[self.training].graph
 
     @graph.setter

@@ -422,6 +422,18 @@ def test_compiled_code_has_the_present_one(options: Any, memory: str) -> None:
         torch.testing.assert_close(run(X), made(model, coupling=RE2TAL)(X))
 
 
+def test_dynamo_guards_the_coefficients() -> None:
+    """By themselves, not only through the functions that are made anew with them."""
+    rev = made(Net(2).double())
+    run: Any = torch.compile(rev, backend="re2fx", options={"compiler": "eager"})
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    for text in (rev._coefficients, "others", "others"):
+        rev._coefficients = text
+        run(X)
+    assert counted["unique_graphs"] == before + 2
+
+
 def test_other_backends_have_the_present_one() -> None:
     model = Two().double()
     rev = made(model, memory="store")
