@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .conditioning import check_conditioning
 from .coupling import Coupling
 from .errors import OptionError
 from .plan import Chain, Plan
@@ -90,6 +91,34 @@ def couplings_of(parts: Iterable[RewiredModule]) -> PerChain:
     return tuple(coupling for part in parts for coupling in part._variants[0].couplings)
 
 
+def check_conditioned(part: RewiredModule, couplings: PerChain) -> None:
+    """Raise the reason why a rewired module's chains could not be reconstructed with these.
+
+    Raises:
+        ConditioningError: names the chain.
+    """
+    for rewired in part._variants[0].rewired.values():
+        own = zip(rewired.wirings, effective(rewired.plan, couplings), strict=True)
+        wirings = tuple(wiring.recoupled(blocks) for wiring, blocks in own)
+        check_conditioning(part._live._model, wirings)
+
+
+def check_change(part: RewiredModule, couplings: PerChain) -> None:
+    """Raise the reason why the couplings of a rewired module cannot be these, if there is one.
+
+    Raises:
+        OptionError: its graph was edited.
+        ConditioningError: a chain could not be reconstructed.
+    """
+    if part._edited:
+        raise OptionError(
+            f"coupling: the graph of {type(part).__name__} was edited, and would lose the edit if "
+            "it was rewired with another one. Give re2fx.transform the coupling before."
+        )
+    if part.memory == "reversible":
+        check_conditioned(part, couplings)
+
+
 def change(parts: Mapping[str, RewiredModule], value: Couplings) -> None:
     """Change the couplings of rewired modules, of all of them or of none.
 
@@ -111,6 +140,9 @@ def change(parts: Mapping[str, RewiredModule], value: Couplings) -> None:
         own.append((part, couplings[: len(plan.chains)]))
         couplings = couplings[len(plan.chains) :]
     for part, theirs in own:
-        part._check_coupling(theirs)
+        check_change(part, theirs)
     for part, theirs in own:
-        part._recouple(theirs)
+        if theirs != part._variants[0].couplings:
+            for variant in part._variants:
+                variant.recouple(theirs)
+            part._coefficients = repr(theirs)

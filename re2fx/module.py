@@ -13,9 +13,8 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.fx import Graph, GraphModule
 
-from .conditioning import check_conditioning
 from .coupling import Coupling
-from .couplings import Couplings, PerChain, change, couplings_of, effective, simplest
+from .couplings import Couplings, change, check_conditioned, couplings_of, simplest
 from .errors import OptionError, UncapturedError
 from .inputs import Call, InputSpec
 from .members import visit
@@ -164,7 +163,7 @@ class RewiredModule(GraphModule):
         if value not in MEMORIES:
             raise OptionError(f"memory={value!r}: expected one of {', '.join(map(repr, MEMORIES))}")
         if value == "reversible":
-            self._check_conditioning(self._variants[0].couplings)
+            check_conditioned(self, self._variants[0].couplings)
         self._memory = value
 
     @property
@@ -193,30 +192,6 @@ class RewiredModule(GraphModule):
     def _parts(self) -> dict[str, RewiredModule]:
         """The rewired modules in this one, itself first, by their paths."""
         return {p: m for p, m in self.named_modules() if isinstance(m, RewiredModule)}
-
-    def _check_conditioning(self, couplings: PerChain) -> None:
-        for rewired in self._variants[0].rewired.values():
-            own = zip(rewired.wirings, effective(rewired.plan, couplings), strict=True)
-            wirings = tuple(wiring.recoupled(blocks) for wiring, blocks in own)
-            check_conditioning(self._live._model, wirings)
-
-    def _check_coupling(self, couplings: PerChain) -> None:
-        """Raise the reason why the couplings of this module cannot be these, if there is one."""
-        if self._edited:
-            raise OptionError(
-                f"coupling: the graph of {type(self).__name__} was edited, and would lose the edit "
-                "if it was rewired with another one. Give re2fx.transform the coupling before."
-            )
-        if self._memory == "reversible":
-            self._check_conditioning(couplings)
-
-    def _recouple(self, couplings: PerChain) -> None:
-        """Take other couplings, from the next call on."""
-        if couplings == self._variants[0].couplings:
-            return
-        for variant in self._variants:
-            variant.recouple(couplings)
-        self._coefficients = repr(couplings)
 
     @property
     def training(self) -> bool:

@@ -18,7 +18,15 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from .coupling import Coupling
-from .couplings import Couplings, PerChain, checked, couplings_of, resolve, simplest
+from .couplings import (
+    Couplings,
+    PerChain,
+    check_change,
+    checked,
+    couplings_of,
+    resolve,
+    simplest,
+)
 from .errors import OptionError
 from .module import RewiredModule
 from .piecewise import PiecewiseModule, merged_plan, pieces_of
@@ -157,7 +165,7 @@ class Schedule:
                     couplings[: len(part.plan.chains)],
                     couplings[len(part.plan.chains) :],
                 )
-                part._check_coupling(own)
+                check_change(part, own)
 
     def at(self, count: int) -> PerChain:
         """The coupling of each chain after so many steps."""
