@@ -44,8 +44,11 @@ def text_exactness(data: Data) -> str:
         )
         for row in rows_of(data, "ratios")
     ]
+    picture = (
+        "![gradient error under bf16 autocast against depth](benchmarks/results/exactness.png)"
+    )
     return (
-        f"A ViT of {first['residuals']} residuals with dropout, trained on digits for "
+        f"{picture}\n\nA ViT of {first['residuals']} residuals with dropout, trained on digits for "
         f"{first['steps']} steps: elements that differ from stored execution of the same network, "
         "and bytes kept for each element of the stream and block:\n\n"
         + table(("streams", "branches", "states", "gradients", "bytes"), bits)

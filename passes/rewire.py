@@ -25,6 +25,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx import ops
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
+from re2fx.couplings import Couplings, resolve
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
 from re2fx.wiring import Block, Link, Wiring
@@ -47,6 +48,7 @@ class State:
     start: Node
     dtype: Node
     pair: Pair
+    coupling: Coupling
     couplings: list[tuple[Coupling, float]] = field(default_factory=list)
     steps: list[Block | Link] = field(default_factory=list)
 
@@ -58,6 +60,7 @@ class Reading:
     pair: Pair
     start: Node
     dtype: Node
+    coupling: Coupling
     couplings: tuple[tuple[Coupling, float], ...]
 
 
@@ -78,7 +81,7 @@ class Recorder(GraphAppendingTracer):
 def rewire(
     flow: Flow,
     plan: Plan,
-    coupling: Coupling,
+    coupling: Couplings,
     readout: Readout = "mean",
     activation: str = "branch",
 ) -> tuple[Graph, tuple[Wiring, ...]]:
@@ -87,7 +90,7 @@ def rewire(
     Args:
         flow: the dataflow of the normalised graph the plan was made for.
         plan: what to rewire.
-        coupling: how the two streams combine.
+        coupling: how the two streams combine; one for all chains or one per chain.
         readout: how two streams become one value, at taps and at the end of a chain.
         activation: ``"branch"`` moves an activation behind an addition into the branch,
             ``"stream"`` leaves the stream before it and applies it where the stream is read.
@@ -97,9 +100,11 @@ def rewire(
 
 class _Rewirer:
     def __init__(
-        self, flow: Flow, plan: Plan, coupling: Coupling, readout: Readout, activation: str
+        self, flow: Flow, plan: Plan, coupling: Couplings, readout: Readout, activation: str
     ) -> None:
-        self.flow, self.plan, self.coupling, self.readout = flow, plan, coupling, readout
+        self.flow, self.plan, self.readout = flow, plan, readout
+        outputs = [chain.output for chain in plan.chains]
+        self.couplings = dict(zip(outputs, resolve(coupling, plan.chains), strict=True))
         self.on_stream = activation == "stream"
         self.switches = any(ops.switches_context(node) for node in flow.nodes)
         self.graph = Graph()
@@ -154,14 +159,15 @@ class _Rewirer:
     def state(self, chain: Chain) -> State:
         """Where a chain stands; at its beginning the input is replicated into both streams."""
         if chain.output not in self.states:
-            entry = self.flow.by_name[chain.entry]
+            entry, coupling = self.flow.by_name[chain.entry], self.couplings[chain.output]
             value = self.value(entry)
             with self.behind(value):
                 dtype = self.emit(entry, lambda x: x.dtype, value)
                 self.recorder.origin = entry
                 start = self.recorder.create_node("call_function", widen, (value,), {})
-                start = self.emit(entry, self.coupling.encode, start)
-            self.states[chain.output] = State(start.name, start, dtype, Pair(start, start))
+                start = self.emit(entry, coupling.encode, start)
+            pair = Pair(start, start)
+            self.states[chain.output] = State(start.name, start, dtype, pair, coupling)
         return self.states[chain.output]
 
     def write_step(self, node: Node, chain: Chain, residual: Residual) -> None:
@@ -172,7 +178,8 @@ class _Rewirer:
         branch = self.branch_sum(residual)
         if moved is not None and not self.on_stream:
             branch = self.activate(moved, branch, self.sole_branch(residual))
-        coupling = self.coupling.scaled(residual.skip_scale, 1.0).at(str(residual.location))
+        coupling = self.couplings[chain.output].scaled(residual.skip_scale, 1.0)
+        coupling = coupling.at(str(residual.location))
         current, previous = state.pair.current, state.pair.previous
         new = self.emit(add, coupling.step, current, previous, branch)
         state.couplings.append((coupling, residual.skip_scale))
@@ -225,9 +232,8 @@ class _Rewirer:
     def publish(self, node: Node, state: State, pair: Pair) -> None:
         """From here on ``node`` of the old graph stands for this pair of streams."""
         state.pair = pair
-        self.readings[node] = Reading(
-            pair, state.start, state.dtype, tuple(state.couplings) if self.readout == "sum" else ()
-        )
+        weighed = tuple(state.couplings) if self.readout == "sum" else ()
+        self.readings[node] = Reading(pair, state.start, state.dtype, state.coupling, weighed)
 
     def copy(self, node: Node, given: dict[Node, Node] | None = None) -> Node:
         """Copy a node, each argument as this node should see it, or as given."""
@@ -258,7 +264,7 @@ class _Rewirer:
             with self.behind(current):
                 value = self.emit(
                     current,
-                    lambda x, dtype: self.coupling.decode(x).to(dtype),
+                    lambda x, dtype: state.coupling.decode(x).to(dtype),
                     current,
                     state.dtype,
                 )
@@ -287,7 +293,7 @@ class _Rewirer:
 
     def read(self, source: Node, reading: Reading, weights: tuple[float, float, float]) -> Node:
         """The readout of two streams, the pending activation applied."""
-        decode = self.coupling.decode
+        decode = reading.coupling.decode
         value = self.emit(
             source,
             lambda p, q, start, dtype: read(

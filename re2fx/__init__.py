@@ -3,9 +3,11 @@
 ``transform`` rewires a model, ``explain`` says what it would do and why, ``diff`` shows what it
 changes in the graph, ``report`` predicts what training keeps for the backward, ``verify`` compares
 a step with a stored one, ``record`` gives access to the streams of a call, ``emit`` shows the
-graphs that ``torch.compile(model, backend="re2fx")`` compiles.
+graphs that ``torch.compile(model, backend="re2fx")`` compiles, ``Schedule`` moves the coupling
+while the network trains.
 """
 
+from . import trainers
 from .api import explain, transform
 from .coupling import Coupling
 from .diff import Diff, diff, history
@@ -38,6 +40,7 @@ from .piecewise import PiecewiseModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
 from .report import report
+from .schedule import Schedule
 from .sharding import shard_units
 from .verify import verify
 
@@ -75,6 +78,7 @@ __all__ = [
     "Report",
     "Residual",
     "RewiredModule",
+    "Schedule",
     "ShardingError",
     "StoredOnlyError",
     "StreamError",
@@ -87,6 +91,7 @@ __all__ = [
     "record",
     "report",
     "shard_units",
+    "trainers",
     "transform",
     "verify",
 ]

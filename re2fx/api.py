@@ -14,6 +14,7 @@ from . import routes
 from .capture import Captured, Leaves
 from .choice import Weigh
 from .coupling import READOUTS, Coupling, Readout
+from .couplings import Couplings, PerChain, checked, given, resolve
 from .errors import (
     CaptureError,
     ModeMismatchError,
@@ -21,7 +22,7 @@ from .errors import (
     OptionError,
     Re2fxWarning,
 )
-from .exact import FixedCoupling, FixedPoint
+from .exact import FixedPoint, fixed
 from .explanation import Explanation
 from .given import as_module
 from .graph import Flow, copy_graph, forget_examples, same_graph
@@ -55,7 +56,7 @@ ACTIVATIONS = ("branch", "stream")
 class Options:
     """How to rewire; checked before any work is done."""
 
-    coupling: Coupling
+    coupling: Couplings
     readout: Readout
     activation: str
     memory: Memory
@@ -63,8 +64,7 @@ class Options:
     exact: bool | FixedPoint = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.coupling, Coupling):
-            raise OptionError(f"coupling={self.coupling!r}: expected a re2fx.Coupling")
+        object.__setattr__(self, "coupling", checked(self.coupling))
         for name, allowed in (
             ("readout", READOUTS),
             ("activation", ACTIVATIONS),
@@ -74,29 +74,30 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise OptionError(f"{name}={value!r}: expected one of {listed}")
-        _ = self.arithmetic
-        if self.memory == "reversible" and not self.coupling.invertible:
+        bad = [coupling for coupling in given(self.coupling) if not coupling.invertible]
+        if self.memory == "reversible" and bad:
             raise OptionError(
-                f"coupling={self.coupling}: b = 0 cannot be inverted. Use a coupling with b != 0 "
+                f"coupling={bad[0]}: b = 0 cannot be inverted. Use a coupling with b != 0 "
                 "(Coupling.re2tal() is the default), or memory='store'."
             )
+        for coupling in given(self.coupling):
+            fixed(coupling, self.point)
 
     @property
-    def arithmetic(self) -> Coupling:
-        """The coupling as it is computed.
+    def point(self) -> FixedPoint | None:
+        """The numbers of the streams, if they are fixed-point ones.
 
         Raises:
-            OptionError: fixed point does not allow the coefficients.
+            OptionError: it is no such thing.
         """
-        point = FixedPoint.of(self.exact)
-        return self.coupling if point is None else FixedCoupling.of(self.coupling, point)
+        return FixedPoint.of(self.exact)
 
 
 def transform(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     *,
-    coupling: Coupling | None = None,
+    coupling: Couplings | None = None,
     readout: Readout = "mean",
     activation: str = "branch",
     memory: Memory = "reversible",
@@ -119,7 +120,9 @@ def transform(
             arguments that will be given, and where bytes decide: for ``min_saving``, and to choose
             between chains that lie inside one another. A model in which submodules are kept whole
             is run on them, to see what they hide; otherwise only structure and shapes are used.
-        coupling: how the two streams combine; `Coupling.re2tal` by default.
+        coupling: how the two streams combine; `Coupling.re2tal` by default. One for all chains, a
+            sequence with one per chain in the order in which `explain` lists them, or a function
+            of a `Chain` that returns one.
         readout: ``"mean"`` of the two streams (Re2TAL's), or ``"sum"``, which keeps the full
             update.
         activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
@@ -158,11 +161,14 @@ def transform(
         raise OptionError(f"{type(model).__name__} is rewired already")
     model = as_module(model)
     policy = Policy(select, min_chain, min_saving)
-    options = Options(coupling or Coupling.re2tal(), readout, activation, memory, policy, exact)
+    if coupling is None:
+        coupling = Coupling.re2tal()
+    options = Options(coupling, readout, activation, memory, policy, exact)
     policy.check_shapes(example_inputs)
     check_not_sharded(model)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
     if pieces.module is not None:
+        couple_pieces(pieces.module, options)
         return pieces.module
     assert captured is not None
     part = rewire_captured(model, example_inputs, captured, options, leaves)
@@ -201,7 +207,12 @@ def take(
 
 
 def rewirer(options: Options) -> Rewire:
-    """What rewires a submodule as a model of its own."""
+    """What rewires a submodule as a model of its own.
+
+    Where the couplings differ, they are given to the chains when all are known.
+    """
+    if not isinstance(options.coupling, Coupling):
+        options = replace(options, coupling=Coupling.re2tal(), memory="store")
 
     def rewire(path: str, module: nn.Module, example_inputs: Any, leaves: Leaves) -> Part:
         own = replace(options, policy=replace(options.policy, below=path))
@@ -212,6 +223,20 @@ def rewirer(options: Options) -> Rewire:
         return rewire_captured(module, example_inputs, captured, own, leaves)
 
     return rewire
+
+
+def couple_pieces(module: nn.Module, options: Options) -> None:
+    """Give the chains of a model's pieces the couplings that `rewirer` left out.
+
+    Raises:
+        OptionError: there are not as many as chains.
+        ConditioningError: one loses too many digits over a chain's depth.
+    """
+    if isinstance(options.coupling, Coupling):
+        return
+    assert isinstance(module, (RewiredModule, PiecewiseModule)), "what `take` makes"
+    module.coupling = options.coupling
+    module.memory = options.memory
 
 
 def rewire_captured(
@@ -230,7 +255,8 @@ def rewire_captured(
     train, eval_ = rewire_modes(model, captured, options, leaves, weigh)
     if not train.plan.chains:
         return Part(None, train.plan, captured)
-    inputs, constants, executors = captured.inputs, captured.constants, Executors(outline, mark)
+    inputs, constants = captured.inputs, captured.constants
+    executors = Executors(outline, mark, recouple)
     traced = captured.route in routes.ROUTES  # else the graph was given, and is all there is
     again = recipe(model, captured, options, leaves, train.plan) if traced else None
     rev = RewiredModule(model, train, eval_, inputs, constants, options.memory, executors, again)
@@ -255,8 +281,7 @@ def rewire_modes(
         forget_examples(captured.eval)
         history = (("captured", captured.eval), *train.history[1:])
         return train, replace(train, graph=copy_graph(train.graph), history=history)
-    eval_ = rewire_graph(captured.eval, model, options, leaves, weigh)
-    agree(type(model).__name__, train.plan, eval_.plan)
+    eval_ = rewire_graph(captured.eval, model, options, leaves, weigh, train)
     return train, eval_
 
 
@@ -341,6 +366,7 @@ def rewire_graph(
     options: Options,
     leaves: Leaves = (),
     weigh: Weigh | None = None,
+    like: Rewired | None = None,
 ) -> Rewired:
     """The passes in their order.
 
@@ -350,8 +376,12 @@ def rewire_graph(
         options: how to rewire.
         leaves: modules to leave alone in a graph that was traced into them.
         weigh: as for `make_plan`.
+        like: the other mode, with which this one must agree.
     """
     flow, plan = make_plan(graph, model, options.activation, leaves, options.policy, weigh)
+    if like is not None:
+        agree(type(model).__name__, like.plan, plan)
+        options = replace(options, coupling=like.couplings)
     rewired = rewire_plan(flow, plan, options)
     history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
     for _, step in (*history, ("final", rewired.graph)):
@@ -361,12 +391,24 @@ def rewire_graph(
 
 def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
     """Rewire what was planned."""
-    rewired, wirings = rewire(
-        flow, plan, options.arithmetic, options.readout, options.activation
-    )  # the two-stream form
+    couplings = resolve(options.coupling, plan.chains)
+    used = tuple(fixed(coupling, options.point) for coupling in couplings)
+    how = options.readout, options.activation
+    rewired, wirings = rewire(flow, plan, used, *how)  # the two-stream form
     before = copy_graph(rewired)
     cleanup(rewired)  # dead tuple elements and shape reads
-    return Rewired(rewired, plan, wirings, (("rewired", before),))
+    point = options.point
+    return Rewired(rewired, plan, wirings, (("rewired", before),), couplings, *how, point)
+
+
+def recouple(rewired: Rewired, model: nn.Module, couplings: PerChain) -> Rewired:
+    """One mode of a network with another coupling per chain, by the plan that it has."""
+    how = rewired.readout, rewired.activation
+    options = Options(couplings, *how, "store", exact=rewired.point or False)
+    made = rewire_plan(Flow(rewired.normalized, model), rewired.plan, options)
+    for _, step in (*made.history, ("final", made.graph)):
+        forget_examples(step)
+    return replace(made, history=(*rewired.history[:2], *made.history))
 
 
 def explain(

@@ -26,6 +26,7 @@ from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
 from .coupling import Coupling, Readout
+from .couplings import Couplings
 from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
@@ -71,7 +72,7 @@ class Settings:
             distinct branch once, so that compilation does not take longer for deeper networks.
     """
 
-    coupling: Coupling | None = None
+    coupling: Couplings | None = None
     readout: Readout = "mean"
     activation: str = "branch"
     memory: Memory = "reversible"
@@ -112,7 +113,7 @@ class Settings:
     @property
     def rewiring(self) -> Options:
         """The part that says how to rewire."""
-        coupling = self.coupling or Coupling.re2tal()
+        coupling = Coupling.re2tal() if self.coupling is None else self.coupling
         policy = Policy(self.select, self.min_chain, self.min_saving)
         return Options(coupling, self.readout, self.activation, self.memory, policy, self.exact)
 

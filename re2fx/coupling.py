@@ -25,6 +25,8 @@ from .errors import OptionError
 Readout = Literal["mean", "sum"]
 READOUTS: tuple[str, ...] = get_args(Readout)
 
+FINEST = 8  # the largest j of a snapped b = 2**-j
+
 
 def _accumulate(*terms: tuple[float, Any]) -> Any:
     """Sum ``coefficient * value``, leaving out zeros and factors of one."""
@@ -94,6 +96,21 @@ class Coupling:
         if skip == 1 and branch == 1:
             return self
         return replace(self, a=self.a * skip, b=self.b * skip, c=self.c * branch)
+
+    def snapped(self) -> Coupling:
+        """The nearest coupling whose ``|b|`` is ``2**-j`` for a ``j`` from 0 to 8.
+
+        The sign of ``b`` stays, and ``a`` takes up the difference: ``a + b``, by which a constant
+        stream is multiplied, stays what it was.
+
+        Raises:
+            OptionError: ``b`` is zero.
+        """
+        if self.b == 0:
+            raise OptionError(f"coupling={self}: b = 0 has no power of two nearest to it")
+        powers = (2.0**-j for j in range(FINEST + 1))
+        b = math.copysign(min(powers, key=lambda power: abs(abs(self.b) - power)), self.b)
+        return self if b == self.b else replace(self, a=self.a + (self.b - b), b=b)
 
     @property
     def invertible(self) -> bool:

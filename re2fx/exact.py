@@ -239,6 +239,11 @@ class FixedCoupling(Coupling):
         return found
 
 
+def fixed(coupling: Coupling, point: FixedPoint | None) -> Coupling:
+    """A coupling as it is computed: in fixed point, or as it is."""
+    return coupling if point is None else FixedCoupling.of(coupling, point)
+
+
 _REMEDY = (
     "Bit-exact streams need |b| = 2^-j with j from 0 to 8, the number of bits that are kept per "
     "element and block: Coupling.re2tal() has b = 1, Coupling.consistent(0.25) costs two bits."

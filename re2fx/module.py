@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,34 +13,21 @@ from torch import nn
 from torch._compile import _disable_dynamo
 from torch.fx import Graph, GraphModule
 
-from .codegen import compile_graph
-from .conditioning import check_conditioning
+from .coupling import Coupling
+from .couplings import Couplings, change, check_conditioned, couplings_of, simplest
 from .errors import OptionError, UncapturedError
 from .inputs import Call, InputSpec
 from .members import visit
 from .plan import Plan
-from .program import Program, recording
+from .program import recording
 from .rewired import History as History
 from .rewired import Rewired as Rewired
 from .tracing import holds, refuse_guard, register, traced_for_re2fx
+from .variants import Executors as Executors
 from .variants import Recipe, Variant, capture_again
-from .wiring import Wiring
 
 Memory = Literal["reversible", "store"]
 MEMORIES: tuple[str, ...] = get_args(Memory)
-
-
-@dataclass(frozen=True)
-class Executors:
-    """What runs a rewired graph besides its own code.
-
-    Attributes:
-        outline: cuts it for the eager executor.
-        mark: writes its streams as marks, for the compiled one.
-    """
-
-    outline: Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
-    mark: Callable[[Graph, nn.Module, tuple[Wiring, ...], bool], Graph]
 
 
 class LiveRoot:
@@ -108,6 +95,8 @@ class RewiredModule(GraphModule):
         self._live = LiveRoot(model, constants)
         self._number = register(self)
         self._guard: Any = None  # a DriftGuard, while one is attached
+        self._edited = False  # by the user, who then called recompile
+        self._coefficients = repr(self._variants[0].couplings)  # what Dynamo guards
         self._lineno_map, self._prologue_start = None, 0  # read by Dynamo
         super().__init__({}, Graph(), type(model).__name__)
         # The same dictionaries, not copies of them.
@@ -118,7 +107,7 @@ class RewiredModule(GraphModule):
         self._run_as(memory)
         setattr(type(self), "forward", _with_signature(RewiredModule.forward, inputs.signature))
         for variant in self._variants:
-            variant.generate(model, executors.outline)
+            variant.generate(model, executors)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -132,8 +121,11 @@ class RewiredModule(GraphModule):
 
     @property
     def _rewired(self) -> dict[bool, Rewired]:
-        """What was rewired in each mode when the module was made."""
-        return self._variants[0].rewired
+        """What is rewired in each mode, by the first capture."""
+        first = self._variants[0]
+        for mode in first.rewired:
+            first.settled(mode, self._live._model, self._executors)
+        return first.rewired
 
     @property
     def _inputs(self) -> InputSpec:
@@ -142,7 +134,7 @@ class RewiredModule(GraphModule):
     @property
     def plan(self) -> Plan:
         """What was rewired and what was refused, for the current mode."""
-        return self._rewired[self.training].plan
+        return self._variants[0].rewired[self.training].plan
 
     @property
     def history(self) -> History:
@@ -171,9 +163,35 @@ class RewiredModule(GraphModule):
         if value not in MEMORIES:
             raise OptionError(f"memory={value!r}: expected one of {', '.join(map(repr, MEMORIES))}")
         if value == "reversible":
-            for rewired in self._rewired.values():
-                check_conditioning(self._live._model, rewired.wirings)
+            check_conditioned(self, self._variants[0].couplings)
         self._memory = value
+
+    @property
+    def coupling(self) -> Coupling | tuple[Coupling, ...]:
+        """How the streams combine: one coupling if all chains have the same, else one per chain.
+
+        The chains are those that `re2fx.explain` lists, those of rewired modules inside this one
+        too. It may be set to anything that `re2fx.transform` takes, between any two calls, to move
+        it while the network trains (see `re2fx.Schedule`); the backward of an earlier call still
+        undoes what that call did. With ``readout="mean"`` setting it takes about a
+        millisecond for what the reversible executor runs; the plain graph is rewired once more
+        when it is next needed: in eval mode without gradients, with ``memory="store"``, or when it
+        is looked at. With ``readout="sum"``, whose weights depend on the coupling, the next call
+        rewires it in any case. Compiled code is traced and compiled again.
+
+        Raises:
+            OptionError: the value does not fit the chains, or the graph was edited.
+            ConditioningError: a chain could not be reconstructed with it.
+        """
+        return simplest(couplings_of(self._parts().values()))
+
+    @coupling.setter
+    def coupling(self, value: Couplings) -> None:
+        change(self._parts(), value)
+
+    def _parts(self) -> dict[str, RewiredModule]:
+        """The rewired modules in this one, itself first, by their paths."""
+        return {p: m for p, m in self.named_modules() if isinstance(m, RewiredModule)}
 
     @property
     def training(self) -> bool:
@@ -192,7 +210,10 @@ class RewiredModule(GraphModule):
 
     @property
     def graph(self) -> Graph:
-        """The two-stream program of the current mode; after editing it call `recompile`."""
+        """The two-stream program of the current mode; after editing it call `recompile`.
+
+        Setting `coupling` makes another graph, in which an edit without that call is missing.
+        """
         return self._rewired[self.training].graph
 
     @graph.setter
@@ -215,23 +236,32 @@ class RewiredModule(GraphModule):
     def recompile(self) -> Any:
         """Generate the code of both modes anew from their graphs, which somebody edited.
 
-        From then on no other way of calling the network is captured: the edit would be missing.
+        From then on no other way of calling the network is captured, and its coupling cannot be
+        changed: the edit would be missing.
+
+        Raises:
+            OptionError: the coupling was changed after the graph was read.
         """
         if "_memory" in self.__dict__:
-            self._recipe = None
+            first = self._variants[0]
+            if any(rewired.couplings != first.couplings for rewired in first.rewired.values()):
+                raise OptionError(
+                    "recompile: the coupling was changed after the graph was read, so the graph "
+                    "that may have been edited is not the present one. Read `graph` again first."
+                )
+            self._recipe, self._edited = None, True
             del self._variants[1:]
-            self._variants[0].generate(self._live._model, self._executors.outline)
+            first.generate(self._live._model, self._executors)
         return self.graph.python_code("self")
 
-    def prepare_marks(self) -> None:
-        """Generate the code that `re2fx.backend` traces, with the streams marked."""
-        key = (self.training, self.memory == "reversible")
+    def prepare(self, marked: bool) -> None:
+        """Generate the code that Dynamo traces; for `re2fx.backend` with the streams marked."""
+        mode, reversible = self.training, self.memory == "reversible"
         for variant in self._variants:
-            if key not in variant.marked:
-                rewired = variant.rewired[self.training]
-                model = self._live._model
-                graph = self._executors.mark(rewired.graph, model, rewired.wirings, key[1])
-                variant.marked[key] = compile_graph(graph, f"{variant.inputs.owner} with marks")
+            if marked:
+                variant.mark((mode, reversible), self._live._model, self._executors)
+            else:
+                variant.function(mode, self._live._model, self._executors)
 
     def holds(self, index: int, values: Sequence[Any] = ()) -> str | None:
         """What is not as a variant was captured: a module, a hook or a dtype."""
@@ -263,8 +293,10 @@ class RewiredModule(GraphModule):
         if self._recipe is None:
             raise reason
         model, constants = self._live._model, self._live._constants
-        new = capture_again(self._variants, self._recipe, model, constants, call, reason)
-        new.generate(model, self._executors.outline)
+        options = replace(self._recipe.options, coupling=self._variants[0].couplings)
+        recipe = replace(self._recipe, options=options)
+        new = capture_again(self._variants, recipe, model, constants, call, reason)
+        new.generate(model, self._executors)
         possible = [variant for variant in self._variants if not variant.replaced(model)]
         self._variants = [*possible, new]
 
@@ -277,17 +309,18 @@ class RewiredModule(GraphModule):
         if torch.compiler.is_compiling():
             if self._guard is not None:
                 refuse_guard(self._number)
-            if traced_for_re2fx(self._number):
+            if traced_for_re2fx(self._number, self._coefficients):
                 marked = variant.marked[self.training, self.memory == "reversible"]
                 return marked(self._live, *inputs)
             return variant.functions[self.training](self._live, *inputs)
         reversible = self.memory == "reversible" and torch.is_grad_enabled()
+        how = (self.training, self._live._model, self._executors)
         if self._guard is not None and reversible:
             with self._guard.watch(self):
-                return variant.programs[self.training].run(self._live, inputs)
+                return variant.program(*how).run(self._live, inputs)
         if recording() or reversible:
-            return variant.programs[self.training].run(self._live, inputs)
-        return variant.functions[self.training](self._live, *inputs)
+            return variant.program(*how).run(self._live, inputs)
+        return variant.function(*how)(self._live, *inputs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the graphs' constants along with the members; their dtypes stay."""
@@ -308,6 +341,9 @@ class RewiredModule(GraphModule):
 
     def _state(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Constructor arguments, and what the user or a library attached afterwards."""
+        for variant in self._variants:
+            for mode in variant.rewired:
+                variant.settled(mode, self._live._model, self._executors)
         arguments = (
             self._live._model,
             self._rewired[True],
@@ -317,7 +353,7 @@ class RewiredModule(GraphModule):
             self.memory,
             self._executors,
             self._recipe,
-            tuple(self._variants[1:]),
+            tuple(map(copy.copy, self._variants[1:])),
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
         return arguments, extra
@@ -336,7 +372,7 @@ class RewiredModule(GraphModule):
 _OWN = {
     "_executors", "_recipe", "_variants", "_live", "_memory",
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_tracer_cls",
-    "_lineno_map", "_prologue_start", "_number", "_guard",
+    "_lineno_map", "_prologue_start", "_number", "_guard", "_coefficients",
 }  # fmt: skip
 
 

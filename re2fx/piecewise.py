@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .coupling import Coupling
+from .couplings import Couplings, change, couplings_of, simplest
 from .errors import OptionError
 from .module import Memory, RewiredModule
 from .plan import Location, Plan
@@ -86,6 +88,15 @@ class PiecewiseModule(Twin):
     def memory(self, value: Memory) -> None:
         for piece in self.pieces.values():
             piece.memory = value
+
+    @property
+    def coupling(self) -> Coupling | tuple[Coupling, ...]:
+        """How the streams combine in the pieces, as `RewiredModule.coupling` is for a whole."""
+        return simplest(couplings_of(self.pieces.values()))
+
+    @coupling.setter
+    def coupling(self, value: Couplings) -> None:
+        change(self.pieces, value)
 
 
 def pieces_of(module: nn.Module) -> dict[str, RewiredModule]:

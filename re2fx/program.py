@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .coupling import Coupling
 from .exact import FixedCoupling, Kernels
 from .layout import Relayout
 from .runtime import ChainCall, Reverse
@@ -82,6 +83,21 @@ class Program:
     steps: tuple[Step, ...]
     frees: tuple[tuple[int, ...], ...]
     slots: int
+
+    def recoupled(self, couplings: Sequence[Sequence[Coupling]]) -> Program:
+        """The same with other coefficients, per chain one for each block.
+
+        The frames are other ones too: what was run before is undone as it was done.
+        """
+        following = [iter(own) for own in couplings]
+
+        def step(given: Step) -> Step:
+            if not isinstance(given, RunBlock):
+                return given
+            frame = replace(given.frame, coupling=next(following[given.chain]))
+            return replace(given, frame=frame)
+
+        return replace(self, steps=tuple(map(step, self.steps)))
 
     def run(self, root: Any, inputs: Sequence[Any]) -> Any:
         """Run all steps; return what the last one returns."""

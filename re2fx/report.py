@@ -20,6 +20,7 @@ from .capture import Captured, Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
 from .conditioning import check_conditioning
 from .coupling import Coupling, Readout
+from .couplings import Couplings
 from .errors import InputError, OptionError, Re2fxError
 from .exact import FixedPoint
 from .fake import Fakes, fake_twin
@@ -44,7 +45,7 @@ def report(
     *,
     measure: bool = False,
     loss: Loss | None = None,
-    coupling: Coupling | None = None,
+    coupling: Couplings | None = None,
     readout: Readout = "mean",
     activation: str = "branch",
     exact: bool | FixedPoint = False,
@@ -86,9 +87,9 @@ def report(
     """
     model = as_module(model)
     policy = Policy(select, min_chain, min_saving)
-    options = Options(
-        coupling or Coupling.re2tal(), readout, activation, "reversible", policy, exact
-    )
+    if coupling is None:
+        coupling = Coupling.re2tal()
+    options = Options(coupling, readout, activation, "reversible", policy, exact)
     _check(model, example_inputs, measure)
     route = _route(model, example_inputs, options, leaves, capture)
     fakes = Fakes()

@@ -94,7 +94,7 @@ def shard_units(rev: nn.Module) -> list[list[nn.Module]]:
 
 
 def _blocks(rev: RewiredModule) -> Iterator[RunBlock]:
-    program = rev._variants[0].programs[True]
+    program = rev._variants[0].program(True, rev._live._model, rev._executors)
     return (step for step in program.steps if isinstance(step, RunBlock))
 
 

@@ -29,21 +29,24 @@ def register(module: Any) -> int:
     return number
 
 
-def traced_for_re2fx(number: int) -> bool:
+def traced_for_re2fx(number: int, coefficients: str) -> bool:
     """Whether the graph being traced goes to this project's backend or to `re2fx.emit`.
 
-    If so, the module's code with marks is made ready.
+    The module's code is made ready, with marks if so.
     Runs once per trace, in Python: Dynamo takes the result as a constant.
 
     Args:
         number: the module's, from `register`.
+        coefficients: the module's, as text; because Dynamo reads them it guards them, and traces
+            again when they are others.
     """
     output, module = _output_graph(), _modules.get(number)
-    if output is None or module is None:
+    if module is None:
         return False
-    if _is_ours(output.compiler_fn):
-        module.prepare_marks()
-        return True
+    ours = output is not None and _is_ours(output.compiler_fn)
+    module.prepare(ours)
+    if ours or output is None:
+        return ours
     if module.memory == "reversible" and torch.is_grad_enabled() and not output.export:
         warnings.warn(
             f"{type(module).__name__}: torch.compile with this backend stores the activations of a "

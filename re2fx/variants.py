@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Graph
 
 from .codegen import compile_graph
+from .couplings import PerChain, effective
 from .errors import CaptureError, InputError, ModeMismatchError, Re2fxWarning, UncapturedError
 from .graph import lookup
 from .inputs import Call, InputSpec
@@ -30,6 +32,7 @@ from .program import Program
 from .rewired import Rewired
 from .sharding import check_dissolved
 from .text import count, shorten
+from .wiring import Wiring
 
 MAX_CAPTURES = 16  # of one module, the first included
 FEW = 2  # that are made each for its own sizes of images, which is faster
@@ -84,6 +87,29 @@ def autocast_dtype(model: nn.Module, values: Sequence[Any]) -> torch.dtype | Non
     return torch.get_autocast_dtype(device)
 
 
+Recouple = Callable[[Rewired, nn.Module, PerChain], Rewired]
+
+
+def constant(rewired: Rewired, model: nn.Module, couplings: PerChain) -> Rewired:
+    """For modules whose couplings nobody changes."""
+    raise AssertionError("this module was made without the means to change its coupling")
+
+
+@dataclass(frozen=True)
+class Executors:
+    """What runs a rewired graph besides its own code.
+
+    Attributes:
+        outline: cuts it for the eager executor.
+        mark: writes its streams as marks, for the compiled one.
+        recouple: rewires it once more, with another coupling per chain.
+    """
+
+    outline: Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
+    mark: Callable[[Graph, nn.Module, tuple[Wiring, ...], bool], Graph]
+    recouple: Recouple = constant
+
+
 @dataclass
 class Variant:
     """The network as captured for one way of calling it.
@@ -93,6 +119,7 @@ class Variant:
         rewired: per mode, train or not.
         members: the modules that its graphs have in them; None if the graphs were given.
         surroundings: what else it holds for; None if the graphs call live modules.
+        couplings: per chain, as they are wanted now; `settled` brings the graphs up to them.
         functions: per mode the stored network.
         programs: per mode what the eager executor runs.
         marked: per mode and memory the network that the compiled executor traces.
@@ -102,13 +129,17 @@ class Variant:
     rewired: dict[bool, Rewired]
     members: Members | None = None
     surroundings: Surroundings | None = None
+    couplings: PerChain = field(init=False)
     functions: dict[bool, Callable[..., Any]] = field(default_factory=dict)
     programs: dict[bool, Program] = field(default_factory=dict)
     marked: dict[tuple[bool, bool], Callable[..., Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.couplings = self.rewired[True].couplings
+
     def __getstate__(self) -> dict[str, Any]:
-        names = ("inputs", "rewired", "members", "surroundings")
-        return {name: getattr(self, name) for name in names}
+        names = ("inputs", "members", "surroundings")
+        return {**{name: getattr(self, name) for name in names}, "rewired": dict(self.rewired)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -152,12 +183,60 @@ class Variant:
         )
         return None
 
-    def generate(self, model: nn.Module, outline: Callable[..., Program]) -> None:
+    def generate(self, model: nn.Module, executors: Executors) -> None:
         """Make the code of both modes from their graphs."""
-        self.marked.clear()
-        for mode, rewired in self.rewired.items():
-            self.functions[mode] = compile_graph(rewired.graph, self.inputs.owner)
-            self.programs[mode] = outline(rewired.graph, model, rewired.wirings)
+        self.forget()
+        for mode in self.rewired:
+            self.function(mode, model, executors)
+            self.program(mode, model, executors)
+
+    def forget(self) -> None:
+        """Drop all code; it is made anew where it is needed."""
+        for made in (self.functions, self.programs, self.marked):
+            made.clear()
+
+    def recouple(self, couplings: PerChain) -> None:
+        """Want other couplings: the programs have them at once, all else when it is needed."""
+        programs = {
+            mode: program.recoupled(
+                effective(self.rewired[mode].plan, couplings, self.rewired[mode].point)
+            )
+            for mode, program in self.programs.items()
+            if self.rewired[mode].swaps
+        }
+        self.forget()
+        self.programs.update(programs)
+        self.couplings = couplings
+
+    def settled(self, mode: bool, model: nn.Module, executors: Executors) -> Rewired:
+        """What is rewired in a mode, with the couplings that are wanted."""
+        with _LOCK:
+            rewired = self.rewired[mode]
+            if rewired.couplings != self.couplings:
+                rewired = executors.recouple(rewired, model, self.couplings)
+                self.rewired[mode] = rewired
+            return rewired
+
+    def function(self, mode: bool, model: nn.Module, executors: Executors) -> Callable[..., Any]:
+        """The stored network of a mode."""
+        if mode not in self.functions:
+            graph = self.settled(mode, model, executors).graph
+            self.functions[mode] = compile_graph(graph, self.inputs.owner)
+        return self.functions[mode]
+
+    def program(self, mode: bool, model: nn.Module, executors: Executors) -> Program:
+        """What the eager executor runs in a mode."""
+        if mode not in self.programs:
+            rewired = self.settled(mode, model, executors)
+            self.programs[mode] = executors.outline(rewired.graph, model, rewired.wirings)
+        return self.programs[mode]
+
+    def mark(self, key: tuple[bool, bool], model: nn.Module, executors: Executors) -> None:
+        """Make the code of a mode and a memory with the streams marked."""
+        if key not in self.marked:
+            rewired = self.settled(key[0], model, executors)
+            graph = executors.mark(rewired.graph, model, rewired.wirings, key[1])
+            self.marked[key] = compile_graph(graph, f"{self.inputs.owner} with marks")
 
 
 @dataclass(frozen=True)
@@ -282,7 +361,8 @@ def rename(rewired: dict[bool, Rewired], constants: dict[str, Any], read: dict[s
         known = next((n for n, other in constants.items() if other is value), None)
         names[name] = known or f"_re2fx_constant{len(constants)}"
         constants[names[name]] = value
-    for mode in rewired.values():
-        for node in mode.graph.nodes:
+    graphs = (graph for mode in rewired.values() for graph in (mode.graph, mode.normalized))
+    for graph in {id(graph): graph for graph in graphs}.values():
+        for node in graph.nodes:
             if node.op == "get_attr" and node.target in names:
                 node.target = names[str(node.target)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .coupling import Coupling
 from .plan import Location
@@ -70,3 +71,15 @@ class Wiring:
         for block in self.blocks:
             total *= max(1.0, block.coupling.growth)
         return total
+
+    def recoupled(self, couplings: Sequence[Coupling]) -> Wiring:
+        """The same chain with other coefficients, one per block.
+
+        The names stay, those of the graph as it is; another one may be spelled with other nodes.
+        """
+        following = iter(couplings)
+        steps = (
+            replace(step, coupling=next(following)) if isinstance(step, Block) else step
+            for step in self.steps
+        )
+        return replace(self, steps=tuple(steps))

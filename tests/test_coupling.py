@@ -92,6 +92,30 @@ def test_constant_scales_are_folded_in() -> None:
     assert coupling.scaled(2, 3) == Coupling(1.0, 0.5, 4.5)
 
 
+def test_snapped_by_hand() -> None:
+    """The nearest power of two by distance; at the same distance the larger, better conditioned."""
+    table = {0.7: 0.5, 0.75: 1, 0.9: 1, 1.7: 1, 0.4: 0.5, 0.3: 0.25, 0.375: 0.5, 1e-9: 2**-8}
+    for b, wanted in table.items():
+        assert Coupling(0.5, b, 3).snapped() == Coupling(0.5 + (b - wanted), wanted, 3)
+        assert Coupling(0.5, -b, 3).snapped() == Coupling(0.5 - (b - wanted), -wanted, 3)
+    with pytest.raises(OptionError, match="b = 0 has no power of two"):
+        Coupling.original().snapped()
+
+
+@settings(COMMON, max_examples=200)
+@given(coupling=couplings())
+def test_snapped(coupling: Coupling) -> None:
+    snapped = coupling.snapped()
+    assert snapped.a + snapped.b == pytest.approx(coupling.a + coupling.b, abs=1e-12)
+    assert snapped.c == coupling.c
+    mantissa, exponent = math.frexp(abs(snapped.b))
+    assert mantissa == 0.5
+    assert -7 <= exponent <= 1
+    others = [2.0**-j for j in range(9)]
+    assert abs(abs(snapped.b) - abs(coupling.b)) == min(abs(p - abs(coupling.b)) for p in others)
+    assert snapped.snapped() is snapped
+
+
 def test_linear_weights_by_hand() -> None:
     """Two residuals with skips of 2 and 3: p_1 = 2a + 2b, p_2 = 3a p_1 + 3b, original 6."""
     a, b = 0.5, 0.25

@@ -86,7 +86,10 @@ def test_the_runtime_knows_no_fx(name: str) -> None:
 def test_importing_re2fx_is_light() -> None:
     code = """
 import sys, re2fx
-heavy = ("torch._dynamo", "torch._inductor", "rich", "matplotlib", "re2fx.diff.page")
+heavy = (
+    "torch._dynamo", "torch._inductor", "rich", "matplotlib", "re2fx.diff.page",
+    "transformers", "lightning", "pytorch_lightning",
+)
 print([name for name in heavy if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

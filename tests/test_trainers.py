@@ -171,3 +171,139 @@ def test_lightning(tmp_path: Path) -> None:
     assert losses["reversible"] == pytest.approx(losses["store"], rel=1e-4)
     assert losses["store"][-1] < losses["store"][0]
     assert_saves(rev, rev, x)
+
+
+# schedules of couplings
+
+START, END = re2fx.Coupling(0.5, 0.5, 1), re2fx.Coupling(0, 1, 1)
+
+
+class Watched(re2fx.Schedule):
+    """Notes the coupling of every step."""
+
+    seen: list[Any]
+
+    def step(self) -> None:
+        self.__dict__.setdefault("seen", []).append(self.coupling)
+        super().step()
+
+
+class Regressor(Net):
+    """With the loss in its result, as `transformers.Trainer` wants it."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"loss": nn.functional.mse_loss(super().forward(x), labels)}
+
+
+class Points(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Something to regress."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x = torch.randn(4, generator=torch.Generator().manual_seed(index))
+        return {"x": x, "labels": x[:3].sin()}
+
+
+def scheduled(model: nn.Module, by: Any, over: int, inputs: Any = None) -> tuple[Any, Watched]:
+    rev: Any = re2fx.transform(model, inputs)
+    return rev, Watched(rev, START, END, over=over, by=by)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize(("by", "over"), [("step", 8), ("epoch", 4)])
+def test_the_trainer_of_transformers_moves_the_coupling(
+    by: str, over: int, restore: bool, tmp_path: Path
+) -> None:
+    """8 steps in 4 epochs, interrupted after half of them, in the middle of an epoch."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def run(steps: int, resume: Any = None) -> tuple[Any, Watched]:
+        rev, schedule = scheduled(Regressor(4), by, over)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=8, per_device_train_batch_size=2, save_steps=5, report_to=[],
+            gradient_accumulation_steps=2, use_cpu=True, seed=3, disable_tqdm=True,
+            save_strategy="steps", restore_callback_states_from_checkpoint=restore,
+        )  # fmt: skip
+
+        class Stop(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+            def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+                control.should_training_stop = state.global_step == steps
+
+        callbacks = [re2fx.trainers.hugging_face_callback(schedule), Stop()]
+        trainer = transformers.Trainer(rev, arguments, train_dataset=Points(), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return rev, schedule
+
+    rev, whole = run(8)
+    assert whole.seen == [
+        re2fx.Coupling(0.5 - i / over / 2, 0.5 + i / over / 2, 1) for i in range(over)
+    ]
+    assert rev.coupling == END
+    rev, resumed = run(8, str(tmp_path / "checkpoint-5"))
+    done = 5 if by == "step" else 2
+    assert resumed.seen == whole.seen[done:]
+    assert rev.coupling == END
+    assert re2fx.trainers.hugging_face_callback(resumed).state()["attributes"]["progress"][
+        "count"
+    ] == over  # fmt: skip
+
+
+def test_two_schedules_under_one_name() -> None:
+    transformers = pytest.importorskip("transformers")
+    _, schedule = scheduled(Net(4), "step", 4)
+    callbacks = [re2fx.trainers.hugging_face_callback(schedule) for _ in range(2)]
+    state = transformers.TrainerState(stateful_callbacks=callbacks)
+    with pytest.raises(re2fx.OptionError, match="two schedules have it"):
+        callbacks[0].on_train_begin(None, state, None)
+    callbacks[1] = re2fx.trainers.hugging_face_callback(schedule, name="other")
+    state = transformers.TrainerState(stateful_callbacks=callbacks)
+    callbacks[0].on_train_begin(None, state, None)
+    for callback in (re2fx.trainers.hugging_face_callback, re2fx.trainers.lightning_callback):
+        with pytest.raises(re2fx.OptionError, match=r"schedule=None: expected a re2fx\.Schedule"):
+            callback(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("by", "over"), [("step", 8), ("epoch", 4)])
+def test_lightning_moves_the_coupling(by: str, over: int, tmp_path: Path) -> None:
+    """Two optimizer steps of two batches each an epoch; resumed after the second epoch."""
+    lightning: Any = pytest.importorskip("lightning")
+
+    class Task(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self, rev: nn.Module) -> None:
+            super().__init__()
+            self.net = rev
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    x = torch.randn(16, 5, 4)
+    data = torch.utils.data.TensorDataset(x, x[..., :3].sin())
+
+    def run(epochs: int, resume: Any = None) -> tuple[Any, Watched]:
+        rev, schedule = scheduled(Net(4), by, over)
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, accumulate_grad_batches=2, default_root_dir=tmp_path,
+            callbacks=[
+                re2fx.trainers.lightning_callback(schedule),
+                lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1),
+            ],
+        )  # fmt: skip
+        batches = torch.utils.data.DataLoader(data, 4)
+        trainer.fit(Task(rev), batches, ckpt_path=resume, weights_only=False)
+        return rev, schedule
+
+    rev, whole = run(4)
+    assert whole.seen == [
+        re2fx.Coupling(0.5 - i / over / 2, 0.5 + i / over / 2, 1) for i in range(over)
+    ]
+    assert rev.coupling == END
+    rev, resumed = run(4, str(tmp_path / "epoch=1.ckpt"))
+    assert resumed.seen == whole.seen[over // 2 :]
+    assert rev.coupling == END

@@ -49,7 +49,7 @@ def test_the_backend(executor: str, way: str) -> None:
 
 
 @row(18, eager=None)
-@without("compiled", "re2fx.module:traced_for_re2fx", lambda number: True)
+@without("compiled", "re2fx.module:traced_for_re2fx", lambda *_: True)
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 def test_other_backends(executor: str, backend: str) -> None:
     """Without `traced_for_re2fx`: they are given marks, and nobody is told what is kept."""
