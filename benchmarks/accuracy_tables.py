@@ -90,6 +90,12 @@ def text_accuracy(data: Data) -> str:
     return "\n\n".join([*parts, machine(data)])
 
 
+def block_accuracy(data: Data) -> str:
+    """The README's block: the picture, which there is once there are results, and the tables."""
+    picture = "benchmarks/results/accuracy.png"
+    return f"![test accuracy of each coupling]({picture})\n\n{text_accuracy(data)}"
+
+
 def full_head(epochs: int) -> tuple[str, ...]:
     """Columns of the first table."""
     return (

@@ -20,6 +20,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .accuracy_tables import block_accuracy, plot_accuracy
 from .common import CONTENDERS, RESULTS, read_results
 from .situation_tables import text_situations
 from .tables import TEXTS as TABLES
@@ -197,6 +198,7 @@ def plot_compiled(data: Data) -> Figure:
 
 TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     **TABLES,
+    "accuracy": ("accuracy", block_accuracy),
     "zoo": ("zoo", text_zoo),
     "situations": ("situations", text_situations),
 }
@@ -209,6 +211,7 @@ PLOTS: dict[str, Callable[[Data], Figure]] = {
     "scale": plot_scale,
     "demo": plot_demo,
     "compiled": plot_compiled,
+    "accuracy": plot_accuracy,
     "zoo": plot_zoo,
 }
 
