@@ -35,6 +35,7 @@ from .common import RESULTS, advancer, environment, progress, read_results, targ
 
 SEEDS, PRETRAIN_EPOCHS, FINETUNE_EPOCHS = 5, 25, 5
 PRETRAIN_RATE, FINETUNE_RATE = 2e-3, 5e-4
+EPOCH = TRAIN // BATCH  # steps
 QUICK = {"seeds": 2, "pretrain_epochs": 6, "finetune_epochs": 2}
 GOAL_MODEL, GOAL = "ViT-12", "consistent(1/4), mean"
 
@@ -50,14 +51,15 @@ class Entry:
         coupling: makes the coupling; None leaves the network as it is.
         readout: as for `re2fx.transform`.
         options: further arguments of `re2fx.transform`.
-        schedule: the coupling at each point of the finetuning, from 0 to 1; None keeps the first.
+        schedule: makes, for a rewired network and a number of steps, what moves its coupling: its
+            ``step`` is called after each. None keeps the coupling.
     """
 
     name: str
     coupling: Callable[[], re2fx.Coupling] | None = None
     readout: Any = "mean"
     options: dict[str, Any] = field(default_factory=dict)
-    schedule: Callable[[float], re2fx.Coupling] | None = None
+    schedule: Callable[[nn.Module, int], Any] | None = None
 
     def made_of(self, model: nn.Module, inputs: torch.Tensor) -> tuple[nn.Module, str]:
         """The network to finetune, and how its activations are kept.
@@ -99,7 +101,7 @@ def train(
     epochs: int,
     rate: float,
     seed: int,
-    schedule: Callable[[float], re2fx.Coupling] | None = None,
+    moved: Callable[[], Any] = lambda: None,
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """AdamW on a cosine with a short warm-up.
@@ -110,24 +112,22 @@ def train(
         epochs: how often it sees all of them.
         rate: the highest.
         seed: of the batches' order and of dropout.
-        schedule: what the coupling is set to before each step, if it moves.
+        moved: called after every step.
         after: called after every epoch.
     """
     torch.manual_seed(seed)  # the same dropout for everybody
-    steps, done = epochs * (TRAIN // BATCH), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    steps = epochs * EPOCH
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     for epoch in range(epochs):
         model.train()
         for images, labels in data.batches(epoch, seed):
-            if schedule is not None:
-                setattr(model, "coupling", schedule(done / max(steps - 1, 1)))
             loss = cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             rates.step()
-            done += 1
+            moved()
         after()
 
 
@@ -168,8 +168,7 @@ def finetune(name: str, seed: int, candidate: str, epochs: int, folder: str) -> 
     model.load_state_dict(torch.load(weights(folder, name, seed)))
     pretrained = logits(model, data)
     network, memory = entry.made_of(model, data.images[:BATCH])
-    if entry.schedule is not None:
-        setattr(network, "coupling", entry.schedule(0.0))
+    schedule = entry.schedule(network, epochs * EPOCH) if entry.schedule else None
     accuracies: list[float] = []
     distances: list[float | None] = []
 
@@ -180,7 +179,8 @@ def finetune(name: str, seed: int, candidate: str, epochs: int, folder: str) -> 
         distances.append(round(distance, 5) if math.isfinite(distance) else None)
 
     measure()
-    train(network, data, epochs, FINETUNE_RATE, seed, entry.schedule, measure)
+    moved = schedule.step if schedule else lambda: None
+    train(network, data, epochs, FINETUNE_RATE, seed, moved, measure)
     return {
         "model": name, "seed": seed, "candidate": candidate, "memory": memory,
         "pretrained": right(pretrained, data), "accuracy": accuracies, "distance": distances,

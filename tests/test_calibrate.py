@@ -116,6 +116,22 @@ def test_bytes_are_those_of_the_report(trained: nn.Module) -> None:
         assert (found.now, found.checkpoint) == (expected.store, expected.checkpoint)
 
 
+def test_bytes_are_those_of_the_flags_it_is_trained_with() -> None:
+    model, x = Net(4, WIDTH, 0.1).train(), torch.randn(BATCH, 4)
+    everything = re2fx.report(model, x).total.store
+    model.blocks.eval()  # keeps no masks
+    now = calibrate(model, [x], candidates=ORDERED).now
+    assert now == re2fx.report(model, x).total.store
+    assert now < everything
+
+
+def test_it_is_measured_in_eval_mode() -> None:
+    model, x = Net(4, WIDTH, 0.5).train(), torch.randn(BATCH, 4)
+    trained = calibrate(model, [x], candidates=ORDERED, metric=lambda output, _: output.sum())
+    assert trained.metric == pytest.approx(float(model.eval()(x).detach().sum()))
+    assert calibrate(model, [x], candidates=ORDERED).rows[0].distance == trained.rows[0].distance
+
+
 def test_only_the_first_batches(trained: nn.Module) -> None:
     endless = iter(lambda: labelled(1)[0], None)
     assert calibrate(trained, endless, candidates=ORDERED, batches=2).batches == 2
