@@ -1,18 +1,18 @@
 """How far couplings and readouts move a model's output, measured on the user's data untrained.
 
 rewire    a module per candidate, all on the parameters of the model
-weigh     what each readout keeps for the backward, on fake tensors
+weigh     what each of them keeps for the backward, on fake tensors
 measure   one pass over the data: the model and every candidate on each batch
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from .api import transform
@@ -23,11 +23,14 @@ from .coupling import Coupling
 from .deviation import Means, Metric
 from .errors import ConditioningError, OptionError, Re2fxError
 from .evaluation import Forward, Subject, call, shown
-from .footprint import ChainBytes, Kept
+from .footprint import Kept
 from .module import RewiredModule
 from .piecewise import PiecewiseModule
 from .policy import Select
 from .report import report
+
+# Of what a candidate passes to `transform`, what `report` takes too.
+REPORTED = frozenset(inspect.signature(report).parameters)
 
 
 def calibrate(
@@ -101,15 +104,15 @@ def calibrate(
         first = _first(given)
         with subject.evaluating():
             inputs = subject.inputs(first)
-        weights = weigh(model, inputs, chosen, options)
         rewired = [rewire(model, inputs, candidate, options) for candidate in chosen]
+        base, kept = weighed(model, inputs, options), weigh(model, inputs, rewired, options)
         means = Means(len(rewired), metric)
         models = [model, *(one.module for one in rewired)]
         with subject.evaluating(), shown(progress, size) as advance:
             for batch in chain([first], given):
                 means.add(batch, subject.outputs(models, batch))
                 advance()
-    return _calibration(type(model).__name__, rewired, weights, means, max_bits)
+    return _calibration(type(model).__name__, rewired, base, kept, means, max_bits)
 
 
 def _first(batches: Iterator[Any]) -> Any:
@@ -156,57 +159,67 @@ def rewire(model: nn.Module, inputs: Any, candidate: Candidate, options: Mapping
 
 
 @dataclass(frozen=True)
-class Weight:
-    """What a readout keeps, and the chains that side bits come on top of.
+class Bytes:
+    """What a batch keeps for its backward.
 
     Attributes:
         total: in each way of training; None if that is not known.
-        chains: their rows in the report.
-        note: why it is not known.
+        note: why it is not known, or cannot be reversed.
     """
 
     total: Kept | None
-    chains: tuple[ChainBytes, ...] = ()
     note: str = ""
-
-    def kept(self, candidate: Candidate) -> int | None:
-        """Bytes kept by a candidate, with its side bits."""
-        if self.total is None or self.total.reversible is None:
-            return None
-        bits = side_bits(candidate.coupling) if candidate.exact else 0
-        return self.total.reversible + sum(side_bytes(chain, bits or 0) for chain in self.chains)
-
-
-def side_bytes(chain: ChainBytes, bits: int) -> int:
-    """What the exact inverse of a chain keeps besides its streams."""
-    elements = chain.state // getattr(torch, chain.dtype).itemsize if chain.dtype else 0
-    return -(-bits * elements // 8) * chain.residuals
 
 
 def weigh(
-    model: nn.Module, inputs: Any, candidates: Sequence[Candidate], options: Mapping[str, Any]
-) -> dict[str, Weight]:
-    """What each readout keeps for the backward of a batch; couplings make no difference."""
-    weights: dict[str, Weight] = {}
-    for readout in dict.fromkeys(candidate.readout for candidate in candidates):
-        try:
-            found = report(model, inputs, readout=readout, **options)
-        except Re2fxError as error:
-            weights[readout] = Weight(None, note=f"bytes are not known ({error})")
+    model: nn.Module, inputs: Any, rewired: Sequence[One], options: Mapping[str, Any]
+) -> list[int | None]:
+    """What each candidate that can be trained reversibly keeps for the backward of a batch."""
+    known: dict[str, Bytes] = {}
+    found: list[int | None] = []
+    for one in rewired:
+        candidate = one.candidate
+        if one.refusal:
+            found.append(None)
             continue
-        note = f"bytes are not known ({found.reason})" if found.reason else ""
-        weights[readout] = Weight(found.total, found.chains, note)
-    return weights
+        given = {name: value for name, value in candidate.options.items() if name in REPORTED}
+        key = repr((candidate.readout, sorted(given.items()), what_counts(candidate)))
+        if key not in known:
+            given = {"coupling": candidate.coupling, "readout": candidate.readout, **given}
+            known[key] = weighed(model, inputs, {**options, **given})
+        total = known[key].total
+        found.append(total.reversible if total else None)
+    return found
+
+
+def what_counts(candidate: Candidate) -> Any:
+    """What of a coupling changes the bytes kept: its side bits, or how it amplifies rounding."""
+    if candidate.exact:
+        return side_bits(candidate.coupling)
+    return candidate.coupling if candidate.coupling.growth > 1 + 1e-9 else None
+
+
+def weighed(model: nn.Module, inputs: Any, options: Mapping[str, Any]) -> Bytes:
+    """The total of a report."""
+    try:
+        found = report(model, inputs, **options)
+    except Re2fxError as error:
+        return Bytes(None, f"bytes are not known ({error})")
+    return Bytes(found.total, f"bytes are not known ({found.reason})" if found.reason else "")
 
 
 # putting it together
 
 
 def _calibration(
-    name: str, rewired: Sequence[One], weights: Mapping[str, Weight], means: Means, max_bits: int
+    name: str,
+    rewired: Sequence[One],
+    base: Bytes,
+    kept: Sequence[int | None],
+    means: Means,
+    max_bits: int,
 ) -> Calibration:
     """The figures as a calibration."""
-    base = next(iter(weights.values()))
     return Calibration(
         model=name,
         batches=means.batches,
@@ -219,10 +232,10 @@ def _calibration(
                 means.metric(place),
                 side_bits(one.candidate.coupling),
                 one.candidate.coupling.growth,
-                None if one.refusal else weights[one.candidate.readout].kept(one.candidate),
-                one.refusal,
+                size,
+                one.refusal or means.failures.get(place, ""),
             )
-            for place, one in enumerate(rewired)
+            for place, (one, size) in enumerate(zip(rewired, kept, strict=True))
         ),
         metric=means.metric(None),
         now=base.total.store if base.total else None,

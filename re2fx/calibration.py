@@ -58,14 +58,14 @@ class Calibrated:
 
     def obstacle(self, max_bits: int = MAX_BITS) -> str:
         """Why it is not to be recommended, in a few words; empty if it may be."""
-        if not math.isfinite(self.distance):
-            return "its output is not finite"
         if self.refusal and not math.isfinite(self.growth):
             return "b = 0 cannot be inverted"
-        if self.refusal and self.growth > 1:
+        if self.refusal and self.growth > 1 and not self.candidate.exact:
             return f"ill-conditioned, rounding grows {self.growth:.3g}-fold per block"
         if self.refusal:
             return self.refusal
+        if not math.isfinite(self.distance):
+            return "its output is not finite"
         if self.candidate.exact and (self.bits is None or self.bits > max_bits):
             return f"more than {max_bits} side bits"
         return ""

@@ -25,10 +25,12 @@ class Means:
     Attributes:
         batches: seen so far.
         samples: rows in them.
+        failures: per model that raised an error instead of an output, what it said.
     """
 
     def __init__(self, number: int, metric: Metric | None = None) -> None:
         self.batches = self.samples = 0
+        self.failures: dict[int, str] = {}
         self._metric = metric
         self._distances, self._agreements = [0.0] * number, [0.0] * number
         self._metrics = [0.0] * (number + 1)
@@ -39,7 +41,8 @@ class Means:
 
         Args:
             batch: as the data gave it.
-            outputs: of the first model, then of the others.
+            outputs: of the first model, then of the others; an error counts as an output that
+                is infinitely far away.
         """
         outputs = iter(outputs)
         first = next(outputs)
@@ -48,6 +51,10 @@ class Means:
         self._classes = self._classes and true is not None
         self._rate(0, first, batch, size)
         for place, output in enumerate(outputs):  # one at a time: they may be large
+            if isinstance(output, Exception):
+                self.failures.setdefault(place, str(output))
+                self._distances[place] = math.inf
+                continue
             self._rate(place + 1, output, batch, size)
             self._distances[place] += size * relative_distance(output, first)
             mine = scores(output)
@@ -66,11 +73,12 @@ class Means:
 
     def agreement(self, place: int) -> float | None:
         """The share of samples in the same class; None if the outputs are no class scores."""
-        return self._agreements[place] / self.samples if self._classes else None
+        known = self._classes and place not in self.failures
+        return self._agreements[place] / self.samples if known else None
 
     def metric(self, place: int | None) -> float | None:
         """The mean metric of a model, of the first one for None; None without a metric."""
-        if self._metric is None:
+        if self._metric is None or place in self.failures:
             return None
         return self._metrics[0 if place is None else place + 1] / self.samples
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import OptionError
+from .errors import InputError, OptionError, Re2fxError
 from .inputs import split
 from .snapshot import Snapshot
 
@@ -79,11 +79,21 @@ class Subject:
         return kwargs
 
     def outputs(self, models: Sequence[nn.Module], batch: Any) -> Iterator[Any]:
-        """The models' outputs, one after another, each on a copy and with the same noise."""
+        """The models' outputs, one after another, each on a copy and with the same noise.
+
+        A rewired model may raise instead, as one in fixed point whose numbers do not fit.
+        """
         for model in models:
             states = [source.read() for source in self._snapshot.sources]
-            with torch.no_grad():
-                output = self.forward(model, copied(batch))
+            try:
+                with torch.no_grad():
+                    output = self.forward(model, copied(batch))
+            except InputError:
+                raise
+            except Re2fxError as error:
+                if model is self.model:
+                    raise
+                output = error.with_traceback(None)
             for source, state in zip(self._snapshot.sources, states, strict=True):
                 source.write(state)
             yield output

@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy
 import re2fx
 from re2fx.calibrate import calibrate
 from re2fx.candidates import side_bits
-from re2fx.footprint import ChainBytes, Kept
 
 from .models import Block, ConvNet, Net, Tapped
 from .zoo import one_thread
@@ -145,15 +144,43 @@ def test_side_bits(b: float, bits: int | None) -> None:
     assert side_bits(C(0.5, b, 1.0)) == bits
 
 
-def test_side_bits_count_as_bytes() -> None:
-    from re2fx.calibrate import Weight
+def test_bytes_are_asked_for_once_per_kind(
+    trained: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
 
-    chain = ChainBytes(0, "a", "b", 10, Kept(), 4 * 801, "float32", 0)
-    weight = Weight(Kept(1000, 500, 100), (chain,))
-    exact = re2fx.Candidate("x", C.consistent(1 / 4), options={"exact": True})
-    assert weight.kept(exact) == 100 + 10 * 201  # 2 bits for each of 801 elements, whole bytes
-    assert weight.kept(replace(exact, options={})) == 100
-    assert weight.kept(replace(exact, coupling=C.re2tal())) == 100
+    def report(model: nn.Module, inputs: Any, **options: Any) -> re2fx.Report:
+        asked.append(options)
+        return re2fx.report(model, inputs)
+
+    monkeypatch.setattr(sys.modules["re2fx.calibrate"], "report", report)
+    unit = [re2fx.Candidate("a", C.re2tal()), re2fx.Candidate("b", C(0.0, -1.0, 1.0))]
+    near = [re2fx.Candidate("c", C.consistent(1 / 2)), re2fx.Candidate("d", C.original())]
+    calibrate(trained, labelled(1), candidates=[*unit, *near])
+    assert [options.get("coupling") for options in asked] == [
+        None, unit[0].coupling, near[0].coupling
+    ]  # fmt: skip
+
+
+def test_a_candidate_that_fails_is_infinitely_far_and_the_others_are_measured(
+    trained: nn.Module,
+) -> None:
+    seen: list[nn.Module] = []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        if isinstance(model, re2fx.RewiredModule):
+            seen.append(model)
+            if model is seen[0]:
+                raise re2fx.StreamError("a number does not fit")
+        return model(batch[0])
+
+    found = calibrate(trained, labelled(), candidates=ORDERED[:2], forward=forward, metric=right)
+    failed, other = found.rows
+    assert math.isinf(failed.distance)
+    assert (failed.agreement, failed.metric) == (None, None)
+    assert failed.obstacle() == failed.refusal == "a number does not fit"
+    assert found.recommended is other
+    assert other.distance < 1
 
 
 def test_a_step_of_two_branches_costs_twice_as_much() -> None:
