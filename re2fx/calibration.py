@@ -56,6 +56,11 @@ class Calibrated:
         """The work of a training step in the chains, over that of ordinary training."""
         return self.candidate.step
 
+    @property
+    def weight(self) -> float:
+        """Bytes to compare by: as many as there may be where they are not known."""
+        return math.inf if self.kept is None else self.kept
+
     def obstacle(self, max_bits: int = MAX_BITS) -> str:
         """Why it is not to be recommended, in a few words; empty if it may be."""
         if self.refusal and not math.isfinite(self.growth):
@@ -126,7 +131,7 @@ class Calibration:
             return None
         least = min(row.distance for row in self.acceptable)
         near = [row for row in self.acceptable if row.distance <= AS_NEAR * least]
-        return min(near, key=lambda row: (row.kept or 0, row.step, row.distance))
+        return min(near, key=lambda row: (row.weight, row.step, row.distance))
 
     @property
     def frontier(self) -> tuple[Calibrated, ...]:
@@ -135,7 +140,7 @@ class Calibration:
         From the fewest bytes to the least distance.
         """
         found: list[Calibrated] = []
-        for row in sorted(self.acceptable, key=lambda row: (row.kept or 0, row.distance)):
+        for row in sorted(self.acceptable, key=lambda row: (row.weight, row.distance)):
             if not found or row.distance < found[-1].distance:
                 found.append(row)
         return tuple(found)

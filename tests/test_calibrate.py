@@ -356,6 +356,14 @@ def test_of_those_as_near_the_cheapest() -> None:
     assert found.recommended is found.rows[1]
 
 
+def test_unknown_bytes_count_as_many() -> None:
+    found = made(("known", 0.2, 100, "", {}), ("unknown", 0.195, 0, "", {}))
+    unknown = replace(found.rows[1], kept=None)
+    found = replace(found, rows=(found.rows[0], unknown))
+    assert found.recommended is found.rows[0]
+    assert found.frontier == found.rows
+
+
 def test_side_bits_are_bounded() -> None:
     exact = {"options": {"exact": True}}
     rows: list[tuple[str, float, int, str, dict[str, Any]]] = [
