@@ -12,6 +12,7 @@ import re2fx
 
 pytest.importorskip("sklearn")
 accuracy = pytest.importorskip("benchmarks.accuracy")
+runs = pytest.importorskip("benchmarks.accuracy_runs")
 models = pytest.importorskip("benchmarks.accuracy_models")
 tables = pytest.importorskip("benchmarks.accuracy_tables")
 
@@ -71,8 +72,8 @@ def test_tables_and_picture() -> None:
 
 
 def test_names_are_unique_and_the_goal_is_one() -> None:
-    assert len(accuracy.BY_NAME) == len(accuracy.ENTRIES)
-    assert accuracy.GOAL in accuracy.BY_NAME
+    assert len(runs.BY_NAME) == len(runs.ENTRIES)
+    assert accuracy.GOAL in runs.BY_NAME
 
 
 def test_splits_and_batches_are_the_seed_s() -> None:
@@ -91,18 +92,18 @@ def test_training_moves_the_schedule_every_step() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     moves, epochs = [], []
     with torch.random.fork_rng():
-        accuracy.train(model, data, 2, 1e-2, 0, lambda: moves.append(1), lambda: epochs.append(1))
-    assert (len(moves), len(epochs)) == (2 * accuracy.EPOCH, 2)
-    assert accuracy.right(accuracy.logits(model, data), data) > 0.5
+        runs.train(model, data, 2, 1e-2, 0, lambda: moves.append(1), lambda: epochs.append(1))
+    assert (len(moves), len(epochs)) == (2 * runs.EPOCH, 2)
+    assert runs.right(runs.logits(model, data), data) > 0.5
 
 
 @pytest.mark.parametrize("name", ["Swin", "ResNet"])
 def test_couplings_that_cannot_be_reversed_are_stored(name: str) -> None:
     model = models.MODELS[name].build()
     x = models.Digits.load(models.MODELS[name].size, 0).images[:2]
-    network, memory = accuracy.BY_NAME["re2tal, mean"].made_of(model, x)
+    network, memory = runs.BY_NAME["re2tal, mean"].made_of(model, x)
     assert isinstance(network, re2fx.RewiredModule)
     assert memory == network.memory == "reversible"
     assert min(len(chain) for chain in network.plan.chains) >= 2
-    ill = accuracy.Entry("ill", lambda: re2fx.Coupling.consistent(2**-12))
+    ill = runs.Entry("ill", lambda: re2fx.Coupling.consistent(2**-12))
     assert ill.made_of(model, x)[1] == "store"
