@@ -20,6 +20,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .accuracy_tables import block_accuracy, plot_accuracy
 from .common import CONTENDERS, RESULTS, read_results
 from .exactness_tables import plot_exactness, text_exactness
 from .situation_tables import text_fuzz, text_situations
@@ -198,6 +199,7 @@ def plot_compiled(data: Data) -> Figure:
 
 TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     **TABLES,
+    "accuracy": ("accuracy", block_accuracy),
     "zoo": ("zoo", text_zoo),
     "situations": ("situations", text_situations),
     "exactness": ("exactness", text_exactness),
@@ -212,6 +214,7 @@ PLOTS: dict[str, Callable[[Data], Figure]] = {
     "scale": plot_scale,
     "demo": plot_demo,
     "compiled": plot_compiled,
+    "accuracy": plot_accuracy,
     "zoo": plot_zoo,
     "exactness": plot_exactness,
 }

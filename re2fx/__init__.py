@@ -1,14 +1,18 @@
 """Rewire pretrained residual networks and train them on reconstructed activations.
 
 ``transform`` rewires a model, ``explain`` says what it would do and why, ``diff`` shows what it
-changes in the graph, ``report`` predicts what training keeps for the backward, ``verify`` compares
-a step with a stored one, ``record`` gives access to the streams of a call, ``emit`` shows the
-graphs that ``torch.compile(model, backend="re2fx")`` compiles, ``Schedule`` moves the coupling
-while the network trains.
+changes in the graph, ``report`` predicts what training keeps for the backward, ``calibrate``
+measures how far each coupling moves the output, ``verify`` compares a step with a stored one,
+``record`` gives access to the streams of a call, ``emit`` shows the graphs that
+``torch.compile(model, backend="re2fx")`` compiles, ``Schedule`` moves the coupling while the
+network trains.
 """
 
 from . import trainers
 from .api import explain, transform
+from .calibrate import calibrate
+from .calibration import Calibrated, Calibration
+from .candidates import CANDIDATES, Candidate
 from .coupling import Coupling
 from .diff import Diff, diff, history
 from .emitted import Emitted, emit
@@ -47,6 +51,10 @@ from .verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "CANDIDATES",
+    "Calibrated",
+    "Calibration",
+    "Candidate",
     "CaptureError",
     "Chain",
     "ChainBytes",
@@ -84,6 +92,7 @@ __all__ = [
     "StreamError",
     "Verification",
     "VerificationError",
+    "calibrate",
     "diff",
     "emit",
     "explain",

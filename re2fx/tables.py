@@ -66,15 +66,34 @@ class Table:
             f"<tbody>{body}</tbody></table>"
         )
 
+    def to_text(self) -> str:
+        """Aligned plain text, for a log."""
+        lines = [tuple(self.names), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        right = [column.endswith(">") for column in self.columns]
 
-def to_rich(head: str, tables: Iterable[Table]) -> Group:
-    """A sentence and tables for a terminal."""
+        def line(cells: Sequence[str]) -> str:
+            aligned = (
+                cell.rjust(width) if last else cell.ljust(width)
+                for cell, width, last in zip(cells, widths, right, strict=True)
+            )
+            return "  ".join(aligned).rstrip()
+
+        head = line(self.names)
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        return "\n".join([self.title, head, rule, *map(line, self.rows)])
+
+
+def to_rich(head: str, tables: Iterable[Table], foot: str = "") -> Group:
+    """A sentence, tables and perhaps another sentence for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
-    return Group(Text(head), *(table.to_rich() for table in tables))
+    below = [Text(foot)] if foot else []
+    return Group(Text(head), *(table.to_rich() for table in tables), *below)
 
 
-def to_html(head: str, tables: Iterable[Table]) -> str:
-    """A sentence and tables for a notebook."""
-    return f"<p>{html.escape(head)}</p>" + "".join(table.to_html() for table in tables)
+def to_html(head: str, tables: Iterable[Table], foot: str = "") -> str:
+    """A sentence, tables and perhaps another sentence for a notebook."""
+    below = f"<p>{html.escape(foot)}</p>" if foot else ""
+    return f"<p>{html.escape(head)}</p>" + "".join(table.to_html() for table in tables) + below

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 DOORS = {
     "api",
     "backend",
+    "calibrate",
     "emitted",
     "cli",
     "diff",
