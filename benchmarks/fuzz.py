@@ -14,7 +14,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any
 
@@ -68,6 +67,11 @@ def chunk(seed: int, examples: int, executor: str) -> dict[str, Any]:
         "seed": seed, "executor": executor, "tried": counts.total(), "verdicts": dict(counts),
         "precisions": dict(precisions), "found": found,
     }  # fmt: skip
+
+
+def chunk_of(arguments: tuple[int, int, str]) -> dict[str, Any]:
+    """`chunk` of the arguments that `work` gives."""
+    return chunk(*arguments)
 
 
 def mended(case: str) -> bool:
@@ -133,12 +137,11 @@ def main() -> None:
     before = len(total["found"])
     first = total["seeds"] if options.seed is None else options.seed
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    pool = ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=8)
+    # A worker ends after some chunks, with whatever has gathered in its caches.
+    pool = get_context("spawn").Pool(options.jobs, maxtasksperchild=8)
     with Progress(*columns, TimeElapsedColumn()) as progress, pool:
         task = progress.add_task("programs", total=options.examples)
-        jobs = [pool.submit(chunk, *one) for one in work(options.examples, first)]
-        for job in as_completed(jobs):
-            result = job.result()
+        for result in pool.imap_unordered(chunk_of, work(options.examples, first)):
             total = added(total, result)
             write_results("fuzz", total)
             progress.advance(task, result["tried"])
