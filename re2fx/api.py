@@ -106,8 +106,8 @@ def transform(
             between chains that lie inside one another. A model in which submodules are kept whole
             is run on them, to see what they hide; otherwise only structure and shapes are used.
         coupling: how the two streams combine; `Coupling.re2tal` by default.
-        readout: ``"mean"`` of the two streams (Re2TAL's), or ``"sum"``, which keeps the full
-            update.
+        readout: ``"mean"`` of the two streams (Re2TAL's), ``"sum"``, which keeps the full
+            update, or ``"last"``, the newer stream alone.
         activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
         memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
         leaves: module paths or classes to keep whole.

@@ -15,6 +15,7 @@ class ReadoutName(str, Enum):
 
     mean = "mean"
     sum = "sum"
+    last = "last"
 
 
 class ActivationName(str, Enum):

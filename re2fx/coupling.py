@@ -22,7 +22,7 @@ import torch
 
 from .errors import OptionError
 
-Readout = Literal["mean", "sum"]
+Readout = Literal["mean", "sum", "last"]
 READOUTS: tuple[str, ...] = get_args(Readout)
 
 
@@ -146,8 +146,11 @@ def read(
     """Turn two streams into one value.
 
     ``mean`` is Re2TAL's. ``sum`` keeps the full update of the original ``x + sum F_i`` (the mean
-    halves it): the two streams together, less the surplus of the chain's input ``start``.
+    halves it): the two streams together, less the surplus of the chain's input ``start``. ``last``
+    is a copy of the newer state ``p_n`` alone: what reads it may write to it, the stream is kept.
     """
+    if readout == "last":
+        return current.clone()
     if readout == "mean":
         return (current + previous) * 0.5
     surplus = weights[0] + weights[1] - weights[2]

@@ -54,7 +54,7 @@ def run_chain(x: Tensor, steps: Iterable[Step], coupling: Triple, readout: str) 
         p, q = combine((a, p), (b, q), (c, step.f(p))), p
         share_p, share_q, share = a * share_p + b * share_q, share_p, share * step.skip
         both = combine((1.0, p), (1.0, q), (-(share_p + share_q - share), start))
-        seen.append((p + q) * 0.5 if readout == "mean" else both)
+        seen.append({"mean": (p + q) * 0.5, "sum": both, "last": p}[readout])
     return seen
 
 

@@ -32,7 +32,7 @@ class Plain(nn.Module):
     ("options", "message"),
     [
         ({"memory": "none"}, r"memory='none': expected one of 'reversible', 'store'"),
-        ({"readout": "last"}, r"readout='last': expected one of 'mean', 'sum'"),
+        ({"readout": "first"}, r"readout='first': expected one of 'mean', 'sum', 'last'"),
         ({"activation": "skip"}, r"activation='skip': expected one of 'branch', 'stream'"),
         ({"coupling": (0, 1, 1)}, r"coupling=\(0, 1, 1\): expected a re2fx.Coupling"),
         ({"coupling": re2fx.Coupling(1, 0, 1)}, r"b = 0 cannot be inverted.*memory='store'"),

@@ -464,6 +464,7 @@ def test_saved_bytes_without_random_operators_do_not_depend_on_depth() -> None:
 REWIRINGS: dict[str, Options] = {
     "coupling": {"coupling": re2fx.Coupling.consistent(0.75)},
     "readout": {"readout": "sum"},
+    "last": {"readout": "last"},
     "both": {"coupling": re2fx.Coupling.dr2net(0.3, 0.7), "readout": "sum"},
     "activation": {"activation": "stream"},
     "original": {"coupling": re2fx.Coupling.original(), "memory": "store"},

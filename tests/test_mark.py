@@ -250,14 +250,14 @@ def steps_of(step: Any, named: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=str)
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_couplings_and_readouts(coupling: Coupling, readout: str) -> None:
     rev = rewired(Net(dropout=0.3), coupling=coupling, readout=readout)
     assert_marks_change_nothing(rev, normal(5, 4))
 
 
 @pytest.mark.parametrize("activation", ["branch", "stream"])
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_activations_batch_norm_and_dropout(activation: str, readout: str) -> None:
     rev = rewired(ConvNet(dropout=0.3), activation=activation, readout=readout)
     assert_marks_change_nothing(rev, normal(4, 3, 6, 6))
@@ -269,7 +269,7 @@ def test_sides_and_taps() -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_wirings(wire: Callable[[Wired, Tensor], Any], readout: str) -> None:
     rev = rewired(Wired(wire), coupling=Coupling.consistent(0.5), readout=readout)
     assert len(rev.plan.chains) == {"two_chains_from_one_value": 2, "three_in_sequence": 3}.get(
