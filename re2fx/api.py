@@ -13,6 +13,7 @@ from torch.fx import Graph
 from . import routes
 from .capture import Captured, Leaves
 from .choice import Weigh
+from .conditioning import annotated, check_tolerance
 from .coupling import READOUTS, Coupling, Readout
 from .errors import (
     CaptureError,
@@ -21,7 +22,7 @@ from .errors import (
     OptionError,
     Re2fxWarning,
 )
-from .explanation import Explanation
+from .explanation import Explanation, explanation, explanation_of_pieces
 from .given import as_module
 from .graph import Flow, copy_graph, forget_examples, same_graph
 from .inputs import Call, InputSpec
@@ -43,6 +44,7 @@ from .text import count
 from .twins import say_given_classes
 from .variants import Chosen, Recipe, Surroundings
 from .weigh import weigh_model
+from .wiring import DRIFT_TOLERANCE
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -59,8 +61,10 @@ class Options:
     activation: str
     memory: Memory
     policy: Policy = field(default_factory=Policy)
+    drift_tolerance: float = DRIFT_TOLERANCE
 
     def __post_init__(self) -> None:
+        check_tolerance(self.drift_tolerance)
         if not isinstance(self.coupling, Coupling):
             raise OptionError(f"coupling={self.coupling!r}: expected a re2fx.Coupling")
         for name, allowed in (
@@ -93,6 +97,7 @@ def transform(
     select: Select | None = None,
     min_chain: int = 2,
     min_saving: int | float | None = None,
+    drift_tolerance: float = DRIFT_TOLERANCE,
 ) -> nn.Module:
     """Rewire a residual network so that its activations can be reconstructed instead of stored.
 
@@ -122,6 +127,8 @@ def transform(
         min_saving: what a chain must save to be rewired: bytes, as a whole number, or a fraction
             of what it keeps for the backward; predicted for ``example_inputs`` as if every
             parameter were trained.
+        drift_tolerance: relative rounding error that a reconstructed state may have. A chain whose
+            coupling amplifies rounding keeps a true pair of states (an anchor) often enough.
 
     Returns:
         a `torch.fx.GraphModule` that computes the rewired network, or ``model`` itself, with a
@@ -134,14 +141,16 @@ def transform(
         ShardingError: the model was given to ``fully_shard`` before.
         CaptureError: neither the model nor a part of it with residuals can be captured.
         ModeMismatchError: train and eval mode would be rewired differently.
-        ConditioningError: the coupling loses too many digits over a chain's depth.
+        ConditioningError: the coupling cannot be inverted, or loses its digits in a few residuals.
         NoResidualError: nothing can be rewired, with ``strict=True``.
     """
     if isinstance(model, (RewiredModule, PiecewiseModule)):
         raise OptionError(f"{type(model).__name__} is rewired already")
     model = as_module(model)
     policy = Policy(select, min_chain, min_saving)
-    options = Options(coupling or Coupling.re2tal(), readout, activation, memory, policy)
+    options = Options(
+        coupling or Coupling.re2tal(), readout, activation, memory, policy, drift_tolerance
+    )
     policy.check_shapes(example_inputs)
     check_not_sharded(model)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
@@ -347,9 +356,10 @@ def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
     rewired, wirings = rewire(
         flow, plan, options.coupling, options.readout, options.activation
     )  # the two-stream form
+    wirings = tuple(replace(wiring, tolerance=options.drift_tolerance) for wiring in wirings)
     before = copy_graph(rewired)
     cleanup(rewired)  # dead tuple elements and shape reads
-    return Rewired(rewired, plan, wirings, (("rewired", before),))
+    return Rewired(rewired, annotated(flow.root, plan, wirings), wirings, (("rewired", before),))
 
 
 def explain(
@@ -362,6 +372,8 @@ def explain(
     select: Select | None = None,
     min_chain: int = 2,
     min_saving: int | float | None = None,
+    coupling: Coupling | None = None,
+    drift_tolerance: float = DRIFT_TOLERANCE,
 ) -> Explanation:
     """List every skip-add: rewired, or refused and why, with its source line.
 
@@ -374,6 +386,8 @@ def explain(
         select: as for `transform`.
         min_chain: as for `transform`.
         min_saving: as for `transform`.
+        coupling: as for `transform`; what it means for each chain is said, errors included.
+        drift_tolerance: as for `transform`.
 
     Raises:
         OptionError: an argument has a value it cannot take.
@@ -386,33 +400,18 @@ def explain(
     if isinstance(model, PiecewiseModule):
         return explanation_of_pieces(type(model).__name__, model, model.account)
     policy.check_shapes(example_inputs)
-    options = Options(Coupling.re2tal(), "mean", activation, "store", policy)
+    options = Options(
+        coupling or Coupling.re2tal(), "mean", activation, "store", policy, drift_tolerance
+    )
     pieces, captured = take(model, example_inputs, options, leaves, capture)
     if pieces.module is not None:
         return explanation_of_pieces(type(model).__name__, pieces.module, pieces.account)
     assert captured is not None
     weigh = weigher(model, example_inputs, captured, activation)
-    _, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
+    flow, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
+    if coupling is not None:
+        plan = rewire_plan(flow, plan, options).plan
     return explanation(model, plan, captured, pieces.account)
-
-
-def explanation(
-    model: nn.Module, plan: Plan, captured: Captured, account: Account | None = None
-) -> Explanation:
-    """What is done with a captured model; the account says what was tried with its parts."""
-    name, account = type(model).__name__, account or Account()
-    plan = Plan.merged([plan, *account.refused])
-    shapes = captured.inputs.shapes
-    return Explanation(
-        name, plan, captured.leaves, captured.route, captured.failures, account,
-        shapes[0].in_words() if shapes else {},
-    )  # fmt: skip
-
-
-def explanation_of_pieces(name: str, module: nn.Module, account: Account) -> Explanation:
-    """What is done with a model of which submodules were rewired by themselves."""
-    plan = Plan.merged([merged_plan(module), *account.refused])
-    return Explanation(name, plan, {}, account.route, account.failures, account)
 
 
 def agree(name: str, train: Plan, eval_: Plan) -> None:

@@ -43,12 +43,14 @@ from .policy import Policy, Select
 from .program import Program
 from .regions import Regions
 from .weigh import weigh_lifted
+from .wiring import DRIFT_TOLERANCE
 
 Function = Callable[..., Any]
 
 # What only the rewiring itself can heed.
 REWIRING = (
-    "coupling", "readout", "activation", "leaves", "select", "min_chain", "min_saving"
+    "coupling", "readout", "activation", "leaves", "select", "min_chain", "min_saving",
+    "drift_tolerance",
 )  # fmt: skip
 
 
@@ -57,8 +59,9 @@ class Settings:
     """What ``torch.compile(..., options={...})`` may say.
 
     Attributes:
-        coupling, readout, activation, memory, leaves, strict, select, min_chain, min_saving: as
-            for `re2fx.transform`; the inputs are those of the call that is compiled.
+        coupling, readout, activation, memory, leaves, strict, select, min_chain, min_saving,
+            drift_tolerance: as for `re2fx.transform`; the inputs are those of the call that is
+            compiled.
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         compiler_options: Inductor's settings, what ``options`` is for ``backend="inductor"``.
         scope: ``"graph"`` compiles forward and backward as wholes; ``"region"`` compiles each
@@ -74,6 +77,7 @@ class Settings:
     select: Select | None = None
     min_chain: int = 2
     min_saving: int | float | None = None
+    drift_tolerance: float = DRIFT_TOLERANCE
     compiler: str = "inductor"
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "graph"
@@ -100,7 +104,9 @@ class Settings:
         """The part that says how to rewire."""
         coupling = self.coupling or Coupling.re2tal()
         policy = Policy(self.select, self.min_chain, self.min_saving)
-        return Options(coupling, self.readout, self.activation, self.memory, policy)
+        return Options(
+            coupling, self.readout, self.activation, self.memory, policy, self.drift_tolerance
+        )
 
     @property
     def inner(self) -> Inner:
@@ -127,7 +133,7 @@ def re2fx(
         OptionError: an option is unknown or has a value it cannot take.
         ChainCutError: the graph is a piece of a chain.
         ModeMismatchError: the model was rewired otherwise when it was compiled before.
-        ConditioningError: the coupling loses too many digits over a chain's depth.
+        ConditioningError: the coupling cannot be inverted, or loses its digits in a few residuals.
         NoResidualError: nothing can be rewired, with ``strict=True``.
     """
     try:

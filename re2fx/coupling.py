@@ -110,6 +110,15 @@ class Coupling:
         root = complex(self.a * self.a + 4 * self.b) ** 0.5
         return max(abs((-self.a + sign * root) / (2 * self.b)) for sign in (1, -1))
 
+    @property
+    def gain(self) -> float:
+        """By how much one step stretches the streams if the branches are left out.
+
+        The largest root in absolute value of ``m^2 - a m - b = 0``.
+        """
+        root = complex(self.a * self.a + 4 * self.b) ** 0.5
+        return max(abs((self.a + sign * root) / 2) for sign in (1, -1))
+
     def step(self, current: Any, previous: Any, branch: Any) -> Any:
         """``p_{i+1}`` from ``p_i``, ``p_{i-1}`` and ``F_i(p_i)``."""
         return _accumulate((self.a, current), (self.b, previous), (self.c, branch))

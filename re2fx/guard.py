@@ -181,7 +181,8 @@ class DriftGuard:
         if abs(coupling.b) < 0.5:
             return (
                 f"its coupling divides by b = {coupling.b:g}, which multiplies errors",
-                "Use a coupling with |b| nearer to 1, or memory='store'.",
+                "Use a coupling with |b| nearer to 1, a smaller drift_tolerance, or "
+                "memory='store'.",
             )
         return (
             "its branch gives another result in the backward than in the forward, but the same "

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .api import Options, agree, capture_model, make_plan, rewire_plan, weigher
 from .capture import Captured, Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
-from .conditioning import check_conditioning
+from .conditioning import anchored, check_conditioning
 from .coupling import Coupling, Readout
 from .errors import InputError, OptionError, Re2fxError
 from .fake import Fakes, fake_twin
@@ -32,6 +32,7 @@ from .plan import Plan
 from .policy import Policy, Select
 from .tally import Place, mark_places
 from .text import count, render_misses
+from .wiring import DRIFT_TOLERANCE
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -51,6 +52,7 @@ def report(
     select: Select | None = None,
     min_chain: int = 2,
     min_saving: int | float | None = None,
+    drift_tolerance: float = DRIFT_TOLERANCE,
 ) -> Report:
     """Predict what training keeps for the backward, without running or allocating the model.
 
@@ -72,6 +74,7 @@ def report(
         select: as for `transform`.
         min_chain: as for `transform`.
         min_saving: as for `transform`.
+        drift_tolerance: as for `transform`.
 
     Returns:
         a `Report` in bytes. If nothing can be rewired it has the plain column and the reason.
@@ -83,7 +86,9 @@ def report(
     """
     model = as_module(model)
     policy = Policy(select, min_chain, min_saving)
-    options = Options(coupling or Coupling.re2tal(), readout, activation, "reversible", policy)
+    options = Options(
+        coupling or Coupling.re2tal(), readout, activation, "reversible", policy, drift_tolerance
+    )
     _check(model, example_inputs, measure)
     route = _route(model, example_inputs, options, leaves, capture)
     fakes = Fakes()
@@ -220,7 +225,16 @@ def _chain_row(number: int, route: Route, found: Found) -> ChainBytes:
         state=0 if state is None else state.nbytes,
         dtype="" if state is None else _name(state.dtype),
         branch=max(per_branch.values(), default=0),
+        anchors=_anchors(number, route, state),
     )
+
+
+def _anchors(number: int, route: Route, state: torch.Tensor | None) -> int:
+    """How often reversing keeps a pair of states in the middle of a chain."""
+    if route.rewired is None or state is None:
+        return 0
+    kept = anchored(route.rewired[0].wirings[number])
+    return sum(state.dtype.to_real() in dtypes for dtypes in kept)
 
 
 def _of_chain(column: Counter[Place] | None, number: int) -> int | None:

@@ -232,7 +232,7 @@ def test_a_mode_is_for_inductor_only(compiler: str) -> None:
 
 
 def test_an_ill_conditioned_coupling_is_refused() -> None:
-    options = {**EAGER, "coupling": re2fx.Coupling.consistent(0.05)}
+    options = {**EAGER, "coupling": re2fx.Coupling.consistent(0.001)}
     fails(re2fx.ConditioningError, lambda: compiled(Net(12), options)(torch.randn(5, 4)))
     stored = compiled(Net(12), {**options, "memory": "store"})
     assert stored(torch.randn(5, 4)).shape == (5, 3)
