@@ -15,6 +15,7 @@ a reader get them in the dtype of the chain's input, which changes nothing in an
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx import ops
+from re2fx.contexts import owned
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
@@ -112,6 +114,7 @@ class _Rewirer:
         self.steps: dict[Node, tuple[Chain, Residual]] = {}
         self.links: dict[Node, Chain] = {}
         self.branches: dict[Node, tuple[Chain, Residual]] = {}
+        self.bodies: dict[str, list[Node]] = {}  # what runs once more, by a residual's addition
         self.taken_over: set[Node] = set()
         self.branch_inputs: dict[Node, Node] = {}
         for chain in plan.chains:
@@ -127,6 +130,8 @@ class _Rewirer:
             passengers, _ = self.flow.passengers(region, {add, *dropped})
             self.branches.update(dict.fromkeys((*region, *passengers), (chain, residual)))
             self.taken_over.update((add, *dropped))
+            if self.coupling.evaluations > 1:
+                self.bodies[residual.add] = body(self.flow, region)
             self.steps[node[residual.output]] = (chain, residual)
             self.links.update((node[name], chain) for name in links)
 
@@ -168,19 +173,37 @@ class _Rewirer:
         state = self.state(chain)
         add = self.flow.by_name[residual.add]
         moved = self.flow.by_name[residual.activation] if residual.activation else None
+        new, current = self.write_block(state, residual, residual.skip_scale)
+        for _ in range(1, self.coupling.evaluations):
+            state.pair = Pair(new, current, state.pair.activation)
+            for member in self.bodies[residual.add]:
+                self.values[member] = self.copy(member)  # reads the pair as it is now
+            new, current = self.write_block(state, residual, 1.0)
+        if self.on_stream and moved is not None:
+            self.publish(add, state, Pair(new, current))
+        self.publish(node, state, Pair(new, current, moved if self.on_stream else None))
+
+    def write_block(self, state: State, residual: Residual, scale: float) -> tuple[Node, Node]:
+        """One step of the recurrence; returns the two newest states.
+
+        Args:
+            state: of the chain.
+            residual: its branch was written for the present pair.
+            scale: what the step does to the skip of the original network.
+        """
+        moved = self.flow.by_name[residual.activation] if residual.activation else None
         branch = self.branch_sum(residual)
         if moved is not None and not self.on_stream:
             branch = self.activate(moved, branch, self.sole_branch(residual))
         coupling = self.coupling.scaled(residual.skip_scale, 1.0)
         current, previous = state.pair.current, state.pair.previous
+        add = self.flow.by_name[residual.add]
         new = self.emit(add, coupling.step, current, previous, branch)
-        state.couplings.append((coupling, residual.skip_scale))
+        state.couplings.append((coupling, scale))
         state.steps.append(
             Block(current.name, previous.name, branch.name, new.name, coupling, residual.location)
         )
-        if self.on_stream and moved is not None:
-            self.publish(add, state, Pair(new, current))
-        self.publish(node, state, Pair(new, current, moved if self.on_stream else None))
+        return new, current
 
     def branch_sum(self, residual: Residual) -> Node:
         """The branch's output: parallel branches added, constant scales applied."""
@@ -305,6 +328,28 @@ class _Rewirer:
         self.recorder.origin = origin
         result: Proxy = function(*(Proxy(value, self.recorder) for value in values))
         return result.node
+
+
+def body(flow: Flow, region: Iterable[Node]) -> list[Node]:
+    """What must be written again for a branch to run again, in program order.
+
+    Besides the nodes on the way from the stream those that draw noise for it, switches of autocast
+    and gradients that belong to it, and what stands among its nodes: identities and the counters
+    of its layers.
+    """
+    region = list(region)
+    inner = {*flow.private(region), *region}
+    first, last = (flow.position[region[end]] for end in (0, -1))
+    among = flow.nodes[first:last]
+    more = (node for node in among if flow.source(node) in inner or counts(flow, node))
+    return sorted({*inner, *owned(flow, inner), *more}, key=flow.position.__getitem__)
+
+
+def counts(flow: Flow, node: Node) -> bool:
+    """Whether a node writes to a member in place and does nothing else, as batch norms count."""
+    inputs = node.all_input_nodes
+    members = bool(inputs) and all(value.op == "get_attr" for value in inputs)
+    return members and not node.users and ops.is_inplace(node, flow.root)
 
 
 def first_input(node: Node) -> Node:

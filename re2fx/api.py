@@ -76,6 +76,10 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise OptionError(f"{name}={value!r}: expected one of {listed}")
+        if self.readout == "sum" and self.coupling.evaluations > 1:
+            raise OptionError(
+                "readout='sum' counts updates twice with Coupling.double(): use 'mean'"
+            )
         if self.memory == "reversible" and not self.coupling.invertible:
             raise OptionError(
                 f"coupling={self.coupling}: b = 0 cannot be inverted. Use a coupling with b != 0 "

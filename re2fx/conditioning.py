@@ -8,7 +8,7 @@ some blocks the true pair ``(p_i, p_{i-1})``, from which the walk goes on as if 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,19 +134,23 @@ def anchored(wiring: Wiring) -> tuple[frozenset[torch.dtype], ...]:
 
 def annotated(model: nn.Module, plan: Plan, wirings: Sequence[Wiring]) -> Plan:
     """The plan with what each chain's coupling means for it, in words."""
-    notes = [_notes(assess(wiring, rounding(model))) for wiring in wirings]
-    chains = zip(plan.chains, notes, strict=True)
-    return replace(plan, chains=tuple(replace(chain, notes=note) for chain, note in chains))
+    chains = (
+        replace(chain, notes=tuple(_notes(wiring, assess(wiring, rounding(model)))))
+        for chain, wiring in zip(plan.chains, wirings, strict=True)
+    )
+    return replace(plan, chains=tuple(chains))
 
 
-def _notes(conditioning: Conditioning) -> tuple[str, ...]:
+def _notes(wiring: Wiring, conditioning: Conditioning) -> Iterator[str]:
+    evaluations = wiring.blocks[0].coupling.evaluations
+    if evaluations > 1:
+        yield "the branch of each residual runs twice: twice the time, two draws of its noise"
     if conditioning.problem:
-        return (f"cannot be reversed: {conditioning.problem}",)
-    if not conditioning.anchors:
-        return ()
-    places = ", ".join(map(str, conditioning.anchors))
-    anchors = count(len(conditioning.anchors), "anchor")
-    return (f"{anchors}, a pair of states kept in front of residual {places} (the first is 0)",)
+        yield f"cannot be reversed: {conditioning.problem}"
+    elif conditioning.anchors:
+        places = ", ".join(str(block // evaluations) for block in conditioning.anchors)
+        anchors = count(len(conditioning.anchors), "anchor")
+        yield f"{anchors}, a pair of states kept in front of residual {places} (the first is 0)"
 
 
 def check_tolerance(value: float) -> None:

@@ -45,17 +45,21 @@ class Coupling:
         a: weight of the current stream state ``p_i``.
         b: weight of the previous stream state ``p_{i-1}``; zero cannot be inverted.
         c: weight of the branch's output.
+        evaluations: steps per residual; its branch is run anew, with the same weights, in each.
     """
 
     a: float
     b: float
     c: float
+    evaluations: int = 1
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "c"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise OptionError(f"coupling: {name} must be a finite number, not {value!r}")
+        if self.evaluations not in (1, 2):
+            raise OptionError(f"coupling: evaluations must be 1 or 2, not {self.evaluations!r}")
 
     @classmethod
     def re2tal(cls) -> Coupling:
@@ -86,6 +90,17 @@ class Coupling:
     def dr2net(cls, alpha: float, beta: float) -> Coupling:
         """``(alpha, beta, 1)``: Dr2Net (CVPR 2024)."""
         return cls(alpha, beta, 1.0)
+
+    @classmethod
+    def double(cls) -> Coupling:
+        """``(0, 1, 1)`` twice per residual: ``y' = y + F(z)``, ``z' = z + F(y')``.
+
+        The coupling of RevNet (Gomez et al., 2017) with one branch for both of its functions: both
+        streams get the update of every residual, so their mean carries the full one. **A branch
+        runs twice**, which doubles the cost of the forward and of the backward; dropout is drawn
+        for each run, and running statistics move in each.
+        """
+        return cls(0.0, 1.0, 1.0, evaluations=2)
 
     def scaled(self, skip: float, branch: float) -> Coupling:
         """The coupling of a residual written as ``skip * x + branch * F(x)``."""
@@ -133,7 +148,8 @@ class Coupling:
         return previous if self.b == 1 else previous / self.b
 
     def __str__(self) -> str:
-        return f"({self.a:g}, {self.b:g}, {self.c:g})"
+        twice = " twice" if self.evaluations == 2 else ""
+        return f"({self.a:g}, {self.b:g}, {self.c:g}){twice}"
 
 
 def linear_weights(couplings: Sequence[tuple[Coupling, float]]) -> tuple[float, float, float]:

@@ -103,8 +103,8 @@ class DriftGuard:
         self._targets = [
             _Target(part, number, block)
             for part in self._parts
-            for number, chain in enumerate(part.plan.chains)
-            for block in range(1, len(chain))
+            for number, wiring in enumerate(part.wirings)
+            for block in range(1, len(wiring.blocks))
         ]
         self._calls: dict[int, int] = {}
         self._next, self._soon = 0, False

@@ -145,6 +145,11 @@ class RewiredModule(GraphModule):
         return self._rewired[self.training].plan
 
     @property
+    def wirings(self) -> tuple[Wiring, ...]:
+        """Where the chains lie in ``graph``, block by block, for the current mode."""
+        return self._rewired[self.training].wirings
+
+    @property
     def history(self) -> History:
         """Name and graph of each step of the rewiring, for the current mode."""
         return (*self._rewired[self.training].history, ("final", self.graph))

@@ -74,7 +74,9 @@ def check(program: Program, coupling: Coupling, readout: Readout, activation: st
     network, x, cond = build(program)
     with torch.no_grad():
         before, members = network(x.clone(), cond), state(network)
-        rewiring = Rewiring((coupling.a, coupling.b, coupling.c), readout, activation)
+        rewiring = Rewiring(
+            (coupling.a, coupling.b, coupling.c), readout, activation, coupling.evaluations
+        )
         wanted = expected(network, rewiring, x, cond)
         try:
             rev = re2fx.transform(
