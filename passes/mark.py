@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from re2fx.errors import OptionError
 from re2fx.graph import Flow, copy_graph, location
 from re2fx.marks import COUPLE, FORK, LINK, MARKS, read_couple
 from re2fx.wiring import DRIFT_TOLERANCE, Block, Link, Wiring
@@ -49,6 +50,7 @@ def mark(
         reversible: whether the states may be reconstructed; if not, the marks only say that the
             graph is rewired already.
     """
+    check_drawn(wirings)
     flow = Flow(copy_graph(graph), root, identities=True)
     parts = {block: look_up(flow, block) for wiring in wirings for block in wiring.blocks}
     marked: dict[str, Node] = {}  # stream states by their names in the given graph
@@ -66,6 +68,22 @@ def mark(
                     before = name
     flow.graph.lint()
     return flow.graph
+
+
+def check_drawn(wirings: tuple[Wiring, ...]) -> None:
+    """Refuse couplings that no mark can carry.
+
+    Raises:
+        OptionError: says which other executors can.
+    """
+    for wiring in wirings:
+        for block in wiring.blocks:
+            if block.coupling.draws:
+                raise OptionError(
+                    f"{block.location}: coupling {block.coupling} draws its coefficients in the "
+                    "forward, which graphs compiled as wholes do not support. Use re2fx.transform "
+                    "without torch.compile, or compile the given model with scope='region'."
+                )
 
 
 def look_up(flow: Flow, step: Block) -> Part:

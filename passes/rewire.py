@@ -27,6 +27,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from re2fx import ops
 from re2fx.contexts import owned
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
+from re2fx.drawn import signs
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
 from re2fx.wiring import Block, Link, Wiring
@@ -198,12 +199,19 @@ class _Rewirer:
         coupling = self.coupling.scaled(residual.skip_scale, 1.0)
         current, previous = state.pair.current, state.pair.previous
         add = self.flow.by_name[residual.add]
-        new = self.emit(add, coupling.step, current, previous, branch)
+        new = self.emit(add, coupling.step, current, previous, branch, *self.draw(add, current))
         state.couplings.append((coupling, scale))
         state.steps.append(
             Block(current.name, previous.name, branch.name, new.name, coupling, residual.location)
         )
         return new, current
+
+    def draw(self, add: Node, stream: Node) -> list[Node]:
+        """What a block's coupling draws, behind its branch, as the executor does."""
+        if not self.coupling.draws:
+            return []
+        self.recorder.origin = add
+        return [self.recorder.create_node("call_function", signs, (stream,), {})]
 
     def branch_sum(self, residual: Residual) -> Node:
         """The branch's output: parallel branches added, constant scales applied."""

@@ -14,10 +14,10 @@ from . import routes
 from .capture import Captured, Leaves
 from .choice import Weigh
 from .conditioning import annotated, check_tolerance
+from .consistency import agree
 from .coupling import READOUTS, Coupling, Readout
 from .errors import (
     CaptureError,
-    ModeMismatchError,
     NoResidualError,
     OptionError,
     Re2fxWarning,
@@ -40,7 +40,6 @@ from .piecewise import Account, PiecewiseModule, merged_plan
 from .plan import Plan
 from .policy import Policy, Select, has_tensors
 from .sharding import check_not_sharded
-from .text import count
 from .twins import say_given_classes
 from .variants import Chosen, Recipe, Surroundings
 from .weigh import weigh_model
@@ -76,10 +75,7 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise OptionError(f"{name}={value!r}: expected one of {listed}")
-        if self.readout == "sum" and self.coupling.evaluations > 1:
-            raise OptionError(
-                "readout='sum' counts updates twice with Coupling.double(): use 'mean'"
-            )
+        self.coupling.check_readout(self.readout)
         if self.memory == "reversible" and not self.coupling.invertible:
             raise OptionError(
                 f"coupling={self.coupling}: b = 0 cannot be inverted. Use a coupling with b != 0 "
@@ -245,13 +241,14 @@ def rewire_modes(
     Raises:
         ModeMismatchError: they would be rewired differently.
     """
-    equal = same_graph(captured.train, captured.eval)  # before rewiring, which looks at examples
+    # Compared before rewiring, which looks at examples.
+    equal = same_graph(captured.train, captured.eval) and not options.coupling.draws
     train = rewire_graph(captured.train, model, options, leaves, weigh)
     if equal:
         forget_examples(captured.eval)
         history = (("captured", captured.eval), *train.history[1:])
         return train, replace(train, graph=copy_graph(train.graph), history=history)
-    eval_ = rewire_graph(captured.eval, model, options, leaves, weigh)
+    eval_ = rewire_graph(captured.eval, model, options, leaves, weigh, training=False)
     agree(type(model).__name__, train.plan, eval_.plan)
     return train, eval_
 
@@ -337,6 +334,7 @@ def rewire_graph(
     options: Options,
     leaves: Leaves = (),
     weigh: Weigh | None = None,
+    training: bool = True,
 ) -> Rewired:
     """The passes in their order.
 
@@ -346,21 +344,25 @@ def rewire_graph(
         options: how to rewire.
         leaves: modules to leave alone in a graph that was traced into them.
         weigh: as for `make_plan`.
+        training: the mode that the graph was captured in.
     """
     flow, plan = make_plan(graph, model, options.activation, leaves, options.policy, weigh)
-    rewired = rewire_plan(flow, plan, options)
+    rewired = rewire_plan(flow, plan, options, training)
     history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
     for _, step in (*history, ("final", rewired.graph)):
         forget_examples(step)
     return replace(rewired, history=history)
 
 
-def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
-    """Rewire what was planned."""
+def rewire_plan(flow: Flow, plan: Plan, options: Options, training: bool = True) -> Rewired:
+    """Rewire what was planned; in eval mode a drawn coupling leaves the given network, stored."""
+    given = options.coupling.draws and not training
+    coupling = options.coupling.expected if given else options.coupling
     rewired, wirings = rewire(
-        flow, plan, options.coupling, options.readout, options.activation
+        flow, plan, coupling, options.readout, options.activation
     )  # the two-stream form
-    wirings = tuple(replace(wiring, tolerance=options.drift_tolerance) for wiring in wirings)
+    kept = () if given else wirings
+    wirings = tuple(replace(wiring, tolerance=options.drift_tolerance) for wiring in kept)
     before = copy_graph(rewired)
     cleanup(rewired)  # dead tuple elements and shape reads
     return Rewired(rewired, annotated(flow.root, plan, wirings), wirings, (("rewired", before),))
@@ -404,9 +406,9 @@ def explain(
     if isinstance(model, PiecewiseModule):
         return explanation_of_pieces(type(model).__name__, model, model.account)
     policy.check_shapes(example_inputs)
-    options = Options(
-        coupling or Coupling.re2tal(), "mean", activation, "store", policy, drift_tolerance
-    )
+    used = coupling or Coupling.re2tal()
+    readout: Readout = "last" if used.draws else "mean"
+    options = Options(used, readout, activation, "store", policy, drift_tolerance)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
     if pieces.module is not None:
         return explanation_of_pieces(type(model).__name__, pieces.module, pieces.account)
@@ -416,25 +418,6 @@ def explain(
     if coupling is not None:
         plan = rewire_plan(flow, plan, options).plan
     return explanation(model, plan, captured, pieces.account)
-
-
-def agree(name: str, train: Plan, eval_: Plan) -> None:
-    """One function in train and in eval mode, or none at all."""
-    if train.signature() == eval_.signature():
-        return
-    for number, (a, b) in enumerate(zip(train.signature(), eval_.signature(), strict=False)):
-        if a != b:
-            detail = f"chain {number} is {a} in train mode and {b} in eval mode"
-            break
-    else:
-        detail = (
-            f"{count(len(train.chains), 'chain')} in train mode, {len(eval_.chains)} in eval mode"
-        )
-    raise ModeMismatchError(
-        f"{name} would be rewired differently in train and in eval mode, which "
-        f"would make two different networks of it: {detail}. Keep the modules that differ whole "
-        "with leaves=[...]."
-    )
 
 
 def nothing_rewired(

@@ -181,10 +181,23 @@ def rewire_lifted(
         nothing_rewired(origin, plan, settings)
         return None
     warn_of_limit(origin)
-    rewired = rewire_plan(flow, plan, options)
+    training = not options.coupling.draws or in_training(origin)
+    rewired = rewire_plan(flow, plan, options, training)
     if settings.memory == "reversible":
         check_conditioning(lifted.root, rewired.wirings, origin.name)
     return rewired
+
+
+def in_training(origin: Origin) -> bool:
+    """The mode of the module that is compiled.
+
+    Raises:
+        OptionError: there is none.
+    """
+    for module in (origin.root, origin.owner):
+        if isinstance(module, nn.Module):
+            return module.training
+    raise OptionError(f"{origin.name}: a coupling that draws needs a module, which has a mode")
 
 
 def run_rewired(

@@ -61,11 +61,14 @@ class Drift:
 
     def undo(self, coupling: Coupling) -> float:
         """The relative error of the state that undoing one more block gives."""
-        a, b, smaller = coupling.a, coupling.b, max(1.0, coupling.gain)
-        rounding = self._eps * (smaller + abs(a))
-        carried = self._newer - 2 * a * self._both + a * a * self._older
-        following = (max(carried, 0.0) + rounding * rounding) / (b * b)
-        both = (self._both - a * self._older) / b
+        smaller, outcomes = max(1.0, coupling.gain), coupling.outcomes
+        following = both = 0.0
+        for outcome in outcomes:  # the mean over what may be drawn
+            a, b = outcome.a, outcome.b
+            rounding = self._eps * (smaller + abs(a))
+            carried = self._newer - 2 * a * self._both + a * a * self._older
+            following += (max(carried, 0.0) + rounding * rounding) / (b * b) / len(outcomes)
+            both += (self._both - a * self._older) / b / len(outcomes)
         moments = (self._older, both, following)
         self._newer, self._both, self._older = (smaller * smaller * x for x in moments)
         return math.sqrt(self._older) if math.isfinite(self._older) else math.inf
@@ -134,6 +137,8 @@ def anchored(wiring: Wiring) -> tuple[frozenset[torch.dtype], ...]:
 
 def annotated(model: nn.Module, plan: Plan, wirings: Sequence[Wiring]) -> Plan:
     """The plan with what each chain's coupling means for it, in words."""
+    if not wirings:
+        return plan
     chains = (
         replace(chain, notes=tuple(_notes(wiring, assess(wiring, rounding(model)))))
         for chain, wiring in zip(plan.chains, wirings, strict=True)
@@ -145,6 +150,8 @@ def _notes(wiring: Wiring, conditioning: Conditioning) -> Iterator[str]:
     evaluations = wiring.blocks[0].coupling.evaluations
     if evaluations > 1:
         yield "the branch of each residual runs twice: twice the time, two draws of its noise"
+    if wiring.blocks[0].coupling.draws:
+        yield "signs are drawn per sample and block; in eval mode it is the given network, stored"
     if conditioning.problem:
         yield f"cannot be reversed: {conditioning.problem}"
     elif conditioning.anchors:

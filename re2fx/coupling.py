@@ -26,7 +26,7 @@ Readout = Literal["mean", "sum", "last"]
 READOUTS: tuple[str, ...] = get_args(Readout)
 
 
-def _accumulate(*terms: tuple[float, Any]) -> Any:
+def accumulate(*terms: tuple[float, Any]) -> Any:
     """Sum ``coefficient * value``, leaving out zeros and factors of one."""
     total: Any = None
     for coefficient, value in terms:
@@ -102,6 +102,54 @@ class Coupling:
         """
         return cls(0.0, 1.0, 1.0, evaluations=2)
 
+    @staticmethod
+    def bdia(gamma: float = 0.5) -> Coupling:
+        """Random signs per sample and block in train mode, the given network in eval mode.
+
+        BDIA (Zhang et al., 2024), see `re2fx.drawn`: ``(1 - s g, s g, 1 + s g)`` with a drawn sign
+        ``s``. Needs ``readout="last"``, and in fp32 anchors. In eval mode nothing is reconstructed,
+        since ``(1, 0, 1)`` cannot be inverted: a call with gradients stores.
+        """
+        from .drawn import Drawn
+
+        return Drawn(1.0, 0.0, 1.0, gamma=gamma)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its coefficients are drawn in the forward."""
+        return False
+
+    def draw(self, stream: torch.Tensor) -> torch.Tensor | None:
+        """What one block draws for the samples of a stream, of shape (samples, 1, ..., 1)."""
+        return None
+
+    @property
+    def expected(self) -> Coupling:
+        """The coupling in eval mode."""
+        return self
+
+    @property
+    def outcomes(self) -> tuple[Coupling, ...]:
+        """The couplings that are drawn from, each as likely as the others."""
+        return (self,)
+
+    def check_readout(self, readout: Readout) -> None:
+        """Refuse a readout that would not mean what it says.
+
+        Raises:
+            OptionError: names the one to take.
+        """
+        if self.evaluations > 1 and readout == "sum":
+            raise OptionError(
+                f"readout='sum' counts every update twice with coupling {self}, both of whose "
+                "streams carry all of them; use 'mean' or 'last'"
+            )
+        if self.draws and readout != "last":
+            raise OptionError(
+                f"readout={readout!r}: with coupling {self} the network in eval mode is the given "
+                "one only if its newest state is read; use readout='last'"
+            )
+
     def scaled(self, skip: float, branch: float) -> Coupling:
         """The coupling of a residual written as ``skip * x + branch * F(x)``."""
         if skip == 1 and branch == 1:
@@ -134,12 +182,12 @@ class Coupling:
         root = complex(self.a * self.a + 4 * self.b) ** 0.5
         return max(abs((self.a + sign * root) / 2) for sign in (1, -1))
 
-    def step(self, current: Any, previous: Any, branch: Any) -> Any:
-        """``p_{i+1}`` from ``p_i``, ``p_{i-1}`` and ``F_i(p_i)``."""
-        return _accumulate((self.a, current), (self.b, previous), (self.c, branch))
+    def step(self, current: Any, previous: Any, branch: Any, draw: Any = None) -> Any:
+        """``p_{i+1}`` from ``p_i``, ``p_{i-1}``, ``F_i(p_i)`` and what was drawn, if anything."""
+        return accumulate((self.a, current), (self.b, previous), (self.c, branch))
 
-    def inverse(self, following: Any, current: Any, branch: Any) -> Any:
-        """``p_{i-1}`` from ``p_{i+1}``, ``p_i`` and ``F_i(p_i)``."""
+    def inverse(self, following: Any, current: Any, branch: Any, draw: Any = None) -> Any:
+        """``p_{i-1}`` from ``p_{i+1}``, ``p_i``, ``F_i(p_i)`` and what was drawn, if anything."""
         previous = following
         if self.a != 0:
             previous = previous - (current if self.a == 1 else current * self.a)
@@ -179,7 +227,7 @@ def read(
     if readout == "mean":
         return (current + previous) * 0.5
     surplus = weights[0] + weights[1] - weights[2]
-    return _accumulate((1.0, current), (1.0, previous), (-surplus, start))
+    return accumulate((1.0, current), (1.0, previous), (-surplus, start))
 
 
 def widen(value: torch.Tensor) -> torch.Tensor:

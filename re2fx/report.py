@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .api import Options, agree, capture_model, make_plan, rewire_plan, weigher
+from .api import Options, capture_model, make_plan, rewire_plan, weigher
 from .capture import Captured, Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
 from .conditioning import anchored, check_conditioning
+from .consistency import agree
 from .coupling import Coupling, Readout
 from .errors import InputError, OptionError, Re2fxError
 from .fake import Fakes, fake_twin
@@ -160,7 +161,7 @@ def _route(
             agree(type(model).__name__, plan, eval_plan)
             train = rewire_plan(flow, plan, options)
             check_conditioning(model, train.wirings)
-            rewired = (train, rewire_plan(eval_flow, eval_plan, options))
+            rewired = (train, rewire_plan(eval_flow, eval_plan, options, False))
         except Re2fxError as error:
             reason = str(error)
     return Route(plan, captured, flow.graph, regions, rewired, None, reason)

@@ -109,6 +109,7 @@ class Record:
     saved: list[Meta] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     anchor: Anchor | None = None
+    draw: torch.Tensor | None = None
 
 
 @dataclass
@@ -177,7 +178,8 @@ class ChainCall:
         with saved_tensors_hooks(pack, _unpack), record.ambient.observers.noted(record.saved):
             branch = frame.branch(self.root, current, *sides)
         record.ambient.settle(self.root)
-        following: torch.Tensor = frame.coupling.step(current, previous, branch)
+        record.draw = frame.coupling.draw(current)
+        following: torch.Tensor = frame.coupling.step(current, previous, branch, record.draw)
         if following.shape != current.shape or following.dtype != current.dtype:
             raise StreamError(
                 f"{frame.name}: the residual turns a stream of {tuple(current.shape)} "
@@ -212,6 +214,8 @@ class ChainCall:
             yield from tensors_of(record.sides)
             if record.anchor is not None:
                 yield from (record.anchor.current.tensor, record.anchor.previous.tensor)
+            if record.draw is not None:
+                yield record.draw
             if record.ambient is not None:
                 yield from record.ambient.generators.states if record.ambient.generators else ()
                 yield from record.ambient.earlier.values()
@@ -361,7 +365,11 @@ class ChainCall:
             return
         first = walk.front == 0
         walk.current = previous
-        walk.previous = None if first else record.frame.coupling.inverse(current, previous, branch)
+        if first:
+            walk.previous = None
+            return
+        inverse = record.frame.coupling.inverse
+        walk.previous = inverse(current, previous, branch, record.draw)
 
     def _rerun(
         self, walk: Walk, record: Record, stream: torch.Tensor, collect: bool

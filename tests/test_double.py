@@ -187,7 +187,7 @@ def test_it_says_what_it_costs() -> None:
 
 
 def test_the_sum_of_the_streams_is_refused() -> None:
-    with pytest.raises(re2fx.OptionError, match=r"readout='sum' counts updates twice"):
+    with pytest.raises(re2fx.OptionError, match=r"readout='sum' counts every update twice"):
         rewired(Net(), readout="sum")
     with pytest.raises(re2fx.OptionError, match="evaluations must be 1 or 2"):
         Coupling(0, 1, 1, 3)
