@@ -18,6 +18,7 @@ import operator
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from re2fx import ops
 from re2fx.contexts import owned
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
 from re2fx.drawn import signs
+from re2fx.errors import OptionError
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
 from re2fx.wiring import Block, Link, Wiring
@@ -342,22 +344,35 @@ def body(flow: Flow, region: Iterable[Node]) -> list[Node]:
     """What must be written again for a branch to run again, in program order.
 
     Besides the nodes on the way from the stream those that draw noise for it, switches of autocast
-    and gradients that belong to it, and what stands among its nodes: identities and the counters
-    of its layers.
+    and gradients that belong to it, identities among its nodes, and writes to members: those it
+    reads, and the counters of its layers.
+
+    Raises:
+        OptionError: the branch writes to a member, and somebody else reads the result.
     """
     region = list(region)
     inner = {*flow.private(region), *region}
     first, last = (flow.position[region[end]] for end in (0, -1))
-    among = flow.nodes[first:last]
-    more = (node for node in among if flow.source(node) in inner or counts(flow, node))
-    return sorted({*inner, *owned(flow, inner), *more}, key=flow.position.__getitem__)
+    found = {*inner, *owned(flow, inner)}
+    found.update(node for node in flow.nodes[first:last] if flow.source(node) in inner)
+    read = (value for node in inner for value in flow.inputs(node))
+    unread = (node for node in flow.nodes[first:last] if not flow.users(node))
+    for node in filter(partial(writes_member, flow), (*read, *unread)):
+        if not inner.issuperset(flow.users(node)):
+            raise OptionError(
+                f"{flow.location(node)}: the branch changes a tensor of its module, which is read "
+                "elsewhere too; it cannot run twice. Leave the residual out with select=, or use "
+                "another coupling."
+            )
+        found.add(node)
+    return sorted(found, key=flow.position.__getitem__)
 
 
-def counts(flow: Flow, node: Node) -> bool:
-    """Whether a node writes to a member in place and does nothing else, as batch norms count."""
+def writes_member(flow: Flow, node: Node) -> bool:
+    """Whether a node writes to a parameter or buffer in place and reads nothing else."""
     inputs = node.all_input_nodes
     members = bool(inputs) and all(value.op == "get_attr" for value in inputs)
-    return members and not node.users and ops.is_inplace(node, flow.root)
+    return members and ops.is_inplace(node, flow.root)
 
 
 def first_input(node: Node) -> Node:

@@ -137,6 +137,47 @@ def test_statistics_move_in_each_run(capture: str) -> None:
     assert {n for name, n in counted.items() if "blocks" in name} == {2}
 
 
+class Counting(nn.Module):
+    """Branches that count their runs in a buffer and read it; ``then`` reads it afterwards."""
+
+    steps: Tensor
+
+    def __init__(self, first: bool, then: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.register_buffer("steps", torch.zeros(4))
+        self.first, self.then = first, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.zeros(4)
+        for layer in self.layers:
+            if self.first:
+                seen = self.steps.add_(1)
+                x = x + layer(x) * seen
+            else:
+                value = layer(x)
+                seen = self.steps.add_(1)
+                x = x + value * seen
+        return x * seen if self.then else x
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_branch_writes_and_reads_is_written_twice(first: bool) -> None:
+    model = Counting(first).double()
+    rev = rewired(model, X, capture="dynamo")
+    y = z = X
+    for index, layer in enumerate(model.layers):
+        y = y + layer(z) * (2 * index + 1)
+        z = z + layer(y) * (2 * index + 2)
+    torch.testing.assert_close(rev(X), (y + z) / 2)
+    assert model.steps.tolist() == [6] * 4
+
+
+def test_what_others_read_too_cannot_be_written_twice() -> None:
+    with pytest.raises(re2fx.OptionError, match=r"test_double.py.* it cannot run twice"):
+        rewired(Counting(False, then=True), X, capture="dynamo")
+
+
 def test_sides_and_taps() -> None:
     rev = rewired(Tapped())
     x, context = torch.randn(2, 3, 8, dtype=torch.float64)
