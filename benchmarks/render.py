@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .common import CONTENDERS, RESULTS, read_results
-from .situation_tables import text_situations
+from .situation_tables import text_fuzz, text_situations
 from .tables import TEXTS as TABLES
 from .tables import Data
 from .zoo_tables import page_zoo, plot_zoo, text_zoo
@@ -199,6 +199,7 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     **TABLES,
     "zoo": ("zoo", text_zoo),
     "situations": ("situations", text_situations),
+    "fuzz": ("fuzz", text_fuzz),
 }
 
 # Pages beside the result files, which have more to say than a README takes.

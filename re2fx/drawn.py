@@ -13,7 +13,6 @@ that of the samples. An executor keeps them: they are not drawn again.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,9 +43,8 @@ class Drawn(Coupling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = isinstance(self.gamma, (int, float)) and math.isfinite(self.gamma) and self.gamma
-        if not good:
-            raise OptionError(f"bdia: gamma must be a finite number other than 0, not {self.gamma}")
+        if not isinstance(self.gamma, (int, float)) or not 0 < abs(self.gamma) < 1:
+            raise OptionError(f"bdia: gamma must lie between 0 and 1, or -1 and 0: {self.gamma!r}")
 
     @property
     def draws(self) -> bool:

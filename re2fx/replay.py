@@ -191,6 +191,7 @@ class Ambient:
         self.autocasts = [Autocast.now(kind) for kind in kinds]
         self.generators: Generators | None = Generators(device)
         self.device = device
+        self.dtype = torch.get_default_dtype()
         self._lookup = lookup
         self.members = lookup.members(root)
         self.observers = Observers(lookup.modules())
@@ -259,13 +260,14 @@ class Ambient:
     @contextmanager
     def restored(self, record: bool) -> Iterator[None]:
         """Put the surroundings back for a rerun, and undo all it does to them."""
-        now = Generators(self.device)
+        now, dtype = Generators(self.device), torch.get_default_dtype()
         swapped: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
         with ExitStack() as stack:
             stack.enter_context(self.observers.left_out())
             for autocast in self.autocasts:
                 stack.enter_context(autocast.restored(cache=autocast.cache and record))
             try:
+                torch.set_default_dtype(self.dtype)
                 copies: dict[int, torch.Tensor] = {}  # a buffer of two modules stays one
                 for owner, name, _ in self.members.buffers:
                     current = owner[name]
@@ -281,6 +283,7 @@ class Ambient:
                 for owner, name, value in reversed(swapped):
                     owner[name] = value
                 now.write()
+                torch.set_default_dtype(dtype)
 
 
 def fixed(members: Members) -> dict[Place, tuple[str, torch.Tensor, int]]:
@@ -289,9 +292,9 @@ def fixed(members: Members) -> dict[Place, tuple[str, torch.Tensor, int]]:
     return buffers | {(0, name): (name, t, t._version) for name, t in members.tensors}
 
 
-def running_statistics(owner: nn.Module) -> set[Place]:
+def running_statistics(owner: Any) -> set[Place]:
     """The places of the buffers that torch's batch norms move in training without reading them."""
-    if not owner.training or type(owner).forward not in BATCH_NORMS:
+    if getattr(type(owner), "forward", None) not in BATCH_NORMS or not owner.training:
         return set()
     return {(id(owner._buffers), name) for name in ("running_mean", "running_var")}
 

@@ -55,6 +55,16 @@ class Extra(Net):
         return out
 
 
+class ExtraShared(Extra):
+    """The same with one first layer for all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks: Any = self.blocks
+        for block in blocks[1:]:
+            block.inner.weight = blocks[0].inner.weight
+
+
 class Shared(nn.Module):
     """One block four times, and the weight of the stem again in the head."""
 
@@ -81,6 +91,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "once": (Net, (6, 4)),
     "twice": (Twice, (6, 4)),
     "unused": (Extra, (6, 4)),
+    "unused, shared": (ExtraShared, (6, 4)),
     "shared": (Shared, (6, 4)),
     "batch norm": (ConvNet, (4, 3, 6, 6)),
 }

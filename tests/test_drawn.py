@@ -70,8 +70,9 @@ def test_what_it_is() -> None:
     assert coupling.expected == Coupling.original()
     assert coupling.growth == pytest.approx(2)
     assert str(coupling) == "bdia(0.5)"
-    with pytest.raises(re2fx.OptionError, match="gamma must be"):
-        Coupling.bdia(0)
+    for gamma in (0, 1.0, -1, float("nan"), "a half"):
+        with pytest.raises(re2fx.OptionError, match="gamma must lie"):
+            Coupling.bdia(gamma)  # type: ignore[arg-type]
     with pytest.raises(re2fx.OptionError, match=r"use readout='last'"):
         re2fx.transform(Net(), coupling=coupling)
 

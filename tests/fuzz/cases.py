@@ -93,16 +93,19 @@ def check(case: Case) -> Verdict:
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", re2fx.Re2fxWarning)
-        store: Any = re2fx.transform(network, memory="store", **options)
-        if not isinstance(store, re2fx.RewiredModule):
-            return "nothing to rewire"
         try:
-            run = reversible(case, network, options)
+            rev: Any = re2fx.transform(network, **options)
         except re2fx.ConditioningError:
             return "refused"
+    if not isinstance(rev, re2fx.RewiredModule):
+        return "nothing to rewire"
+    store: Any = Executed(rev, "store")
+    run = Executed(rev, "reversible")
+    if case.executor == "compiled":
+        run = compiled(network, options)
     if case.executor == "compiled" and case.situation.autocast:
         # Dynamo knows the types of values, symbolic tracing does not: they may plan otherwise.
-        store = reversible(case, network, {**options, "memory": "store"})
+        store = compiled(network, {**options, "memory": "store"})
     try:
         expected = perform(store, network, inputs, case.situation)
     except RuntimeError as error:
@@ -114,10 +117,21 @@ def check(case: Case) -> Verdict:
     return judged(case, got, expected, store, network, inputs)
 
 
-def reversible(case: Case, network: nn.Module, options: dict[str, Any]) -> Any:
-    """The network under the executor that is tried."""
-    if case.executor == "eager":
-        return re2fx.transform(network, **options)
+@dataclass(frozen=True)
+class Executed:
+    """A rewired network under one of its executors."""
+
+    rev: re2fx.RewiredModule
+    memory: Literal["store", "reversible"]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run it; the backward stays what the forward was."""
+        self.rev.memory = self.memory
+        return self.rev(*inputs)
+
+
+def compiled(network: nn.Module, options: dict[str, Any]) -> Any:
+    """The network rewired and compiled."""
     return torch.compile(network, backend="re2fx", options={"compiler": "aot_eager", **options})
 
 

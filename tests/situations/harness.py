@@ -167,7 +167,8 @@ class Unmoved(AbstractContextManager[None]):
     def __exit__(self, *error: object) -> None:
         with torch.no_grad():
             for buffer, value in zip(self.model.buffers(), self.before, strict=True):
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def under(context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Situation:

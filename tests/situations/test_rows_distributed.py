@@ -18,13 +18,14 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 FIND = {"find_unused_parameters": True}
 
-# The first six are the matrix that torch tests its own checkpoint with.
+# The first seven are the matrix that torch tests its own checkpoint with.
 REPLICATED: dict[str, dict[str, Any]] = {
     "once": {"name": "once"},
     "twice": {"name": "twice"},
     "unused": {"name": "unused", **FIND},
     "dynamic, grows": {"name": "unused", "more": (False, True), **FIND},
     "dynamic, shrinks": {"name": "unused", "more": (True, False), **FIND},
+    "dynamic, shared": {"name": "unused, shared", "more": (False, True), **FIND},
     "shared": {"name": "shared"},
     "static graph": {"name": "once", "static_graph": True},
     "static graph, twice": {"name": "twice", "static_graph": True},
