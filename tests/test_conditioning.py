@@ -61,7 +61,10 @@ def test_drift_is_what_all_roundings_come_to(chain: list[Coupling]) -> None:
 @settings(COMMON, max_examples=100)
 @given(coupling=couplings(), seed=st.integers(0, 99))
 def test_drift_covers_what_rounding_does(coupling: Coupling, seed: int) -> None:
-    """Streams in fp32 without branches, run and undone; by root mean square."""
+    """Streams in fp32 without branches, run and undone; by root mean square.
+
+    Within a factor of two, since states are not all of one size.
+    """
     p, q = torch.randn(2, 2000, generator=torch.Generator().manual_seed(seed))
     states = [q, p]
     for _ in range(12):
@@ -70,7 +73,7 @@ def test_drift_covers_what_rounding_does(coupling: Coupling, seed: int) -> None:
     for true in reversed(states[:-2]):
         newer, older = older, coupling.inverse(newer, older, torch.zeros(()))
         error = float((older - true).norm() / true.norm())
-        assert error <= 1.2 * drift.undo(coupling)
+        assert error <= 2 * drift.undo(coupling)
 
 
 @settings(COMMON, max_examples=100)
