@@ -20,11 +20,12 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx.coupling import Coupling
+from re2fx.errors import OptionError
 from re2fx.exact import STEP, FixedCoupling
 from re2fx.graph import Flow, copy_graph, location
-from re2fx.marks import COUPLE, FORK, LINK, MARKS
+from re2fx.marks import COUPLE, FORK, LINK, MARKS, read_couple
 from re2fx.plan import Location
-from re2fx.wiring import Block, Link, Wiring
+from re2fx.wiring import DRIFT_TOLERANCE, Block, Link, Wiring
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def mark(
         reversible: whether the states may be reconstructed; if not, the marks only say that the
             graph is rewired already.
     """
+    check_drawn(wirings)
     flow = Flow(copy_graph(graph), root, identities=True)
     parts = {block: look_up(flow, block) for wiring in wirings for block in wiring.blocks}
     marked: dict[str, Node] = {}  # stream states by their names in the given graph
@@ -61,7 +63,7 @@ def mark(
         for step in wiring.steps:
             if isinstance(step, Block):
                 if not step.coupling.exact:
-                    mark_block(flow, parts[step], marked, reversible)
+                    mark_block(flow, parts[step], marked, reversible, wiring.tolerance)
                 elif reversible:
                     fork_branch(flow, parts[step], marked)
                 continue
@@ -78,6 +80,22 @@ def mark(
     return flow.graph
 
 
+def check_drawn(wirings: tuple[Wiring, ...]) -> None:
+    """Refuse couplings that no mark can carry.
+
+    Raises:
+        OptionError: says which other executors can.
+    """
+    for wiring in wirings:
+        for block in wiring.blocks:
+            if block.coupling.draws:
+                raise OptionError(
+                    f"{block.location}: coupling {block.coupling} draws its coefficients in the "
+                    "forward, which graphs compiled as wholes do not support. Use re2fx.transform "
+                    "without torch.compile, or compile the given model with scope='region'."
+                )
+
+
 def look_up(flow: Flow, step: Block) -> Part:
     """Find the nodes of a block before anything is changed."""
     stream, previous, branch, output = (
@@ -91,7 +109,9 @@ def look_up(flow: Flow, step: Block) -> Part:
     return Part(step, tuple(readers), tuple(arithmetic))
 
 
-def mark_block(flow: Flow, part: Part, marked: dict[str, Node], reversible: bool) -> None:
+def mark_block(
+    flow: Flow, part: Part, marked: dict[str, Node], reversible: bool, tolerance: float
+) -> None:
     """A fork in front of the branch, and its coupling as one operator."""
     step, coupling, named = part.step, part.step.coupling, flow.by_name
     current, previous = (marked.get(n, named[n]) for n in (step.current, step.previous))
@@ -100,7 +120,7 @@ def mark_block(flow: Flow, part: Part, marked: dict[str, Node], reversible: bool
     coefficients = (float(coupling.a), float(coupling.b), float(coupling.c))
     with flow.graph.inserting_before(output):
         streams = (current, previous, fork, branch)
-        new = create(flow, output, COUPLE, *streams, *coefficients, reversible)
+        new = create(flow, output, COUPLE, *streams, *coefficients, reversible, tolerance)
     output.replace_all_uses_with(new)
     for node in part.arithmetic:  # from the output back
         flow.graph.erase_node(node)
@@ -161,6 +181,7 @@ class Chain:
         before: name of the state before, if it is another one.
         current, previous: the two states behind the last block.
         steps: blocks and links so far.
+        tolerance: relative error that a reconstructed state may have.
     """
 
     entry: str
@@ -168,6 +189,12 @@ class Chain:
     current: Node
     previous: Node
     steps: list[Block | Link] = field(default_factory=list)
+    tolerance: float = DRIFT_TOLERANCE
+
+    @property
+    def wiring(self) -> Wiring:
+        """The chain as it lies in the graph without marks."""
+        return Wiring(self.entry, tuple(self.steps), self.before, self.tolerance)
 
 
 def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
@@ -192,7 +219,7 @@ def unmark(graph: Graph) -> tuple[Graph, tuple[Wiring, ...]]:
             node.replace_all_uses_with(unlinked(node) if node.target is LINK else node.args[0])
             new.erase_node(node)
     new.lint()
-    return new, tuple(Wiring(chain.entry, tuple(chain.steps), chain.before) for chain in chains)
+    return new, tuple(chain.wiring for chain in chains)
 
 
 def unlinked(stream: Any) -> Any:
@@ -204,31 +231,29 @@ def unlinked(stream: Any) -> Any:
 
 def unmark_block(node: Node, chains: list[Chain]) -> None:
     """The coupling's arithmetic instead of its mark."""
-    arguments: Any = node.args
-    current, previous, _, branch, *coefficients = arguments[:7]
-    coupling = Coupling(*coefficients)
+    current, previous, _, branch, coupling, reversible, tolerance = read_couple(node)
     tracer = GraphAppendingTracer(node.graph)
     with node.graph.inserting_before(node):
         values = (Proxy(value, tracer) for value in (current, previous, branch))
         output = coupling.step(*values).node
     node.replace_all_uses_with(output)
     node.graph.erase_node(node)
-    if arguments[7:] != (False,):
-        add_block(chains, current, previous, branch, output, coupling, location(node))
+    if reversible:
+        block = (current, previous, branch, output)
+        add_block(chains, *block, coupling, location(node), tolerance)
 
 
 def add_block(
     chains: list[Chain],
-    current: Node,
-    previous: Node,
+    current: Any,
+    previous: Any,
     branch: Node,
     output: Node,
     coupling: Coupling,
     place: Location,
+    tolerance: float = DRIFT_TOLERANCE,
 ) -> None:
     """A block behind the last one of its chain, or the first of a new one."""
-    start: Any
-    before: Any
     start, before, links = current, previous, []
     while start.target is LINK and before.target is LINK:
         links.append((start.args[1].name, before.args[1].name))
@@ -236,7 +261,8 @@ def add_block(
     chain = next((c for c in chains if c.current is start and c.previous is before), None)
     if chain is None:
         before_entry = None if previous is current else unlinked(previous).name
-        chain = Chain(unlinked(current).name, before_entry, current, previous)
+        entry = unlinked(current).name
+        chain = Chain(entry, before_entry, current, previous, tolerance=tolerance)
         chains.append(chain)
     elif links:
         currents, previouses = zip(*reversed(links), strict=True)

@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 
 from re2fx import ops
 from re2fx.codegen import compile_graph
+from re2fx.conditioning import anchored
 from re2fx.contexts import owned
 from re2fx.graph import Flow
 from re2fx.layout import Relayout
@@ -86,6 +87,7 @@ class _Outliner:
         self.flow = Flow(graph, root, identities=True)
         self.compile = compile
         self.wirings = [separated(wiring) for wiring in wirings]
+        self.anchored = [dict(zip(w.blocks, anchored(w), strict=True)) for w in self.wirings]
         self.groups: dict[Node, Group] = {}
         self.slots: dict[Node, int] = {}
         self.steps: list[Step] = []
@@ -234,7 +236,8 @@ class _Outliner:
         graph, targets = self.subgraph(body, [current, *sides], branch)
         name = f"{step.location.module or 'the model'} ({step.location})"
         function = self.compile(graph, f"branch {step.branch}")
-        frame = Reverse(function, step.coupling, Lookup(targets), name)
+        kept = self.anchored[group.chain][step]
+        frame = Reverse(function, step.coupling, Lookup(targets), name, kept)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None
         self.emit(RunBlock(group.chain, frame, tuple(map(self.slot, sides)), slot), sides)

@@ -9,11 +9,11 @@
 
 The blocks of a chain are walked from the last to the first. Forward nodes of a block that the
 backward reads, or that its branch's result needs, are cloned with the stream's state replaced by
-its reconstruction; the backward reads the clones; the clones give the state before. Clones are
-tagged as the backward's, so the partitioner that runs next has nothing to keep of a chain but its
-last two states. What does not depend on the stream (parameters, side inputs, random seeds) is
-shared with the forward. A random operator that would draw anew is paired: the forward keeps the
-generator's state, and the clone runs with it.
+its reconstruction; the backward reads the clones; the clones give the state before. At an anchor
+both states are the stored ones. Clones are tagged as the backward's, so the partitioner that runs
+next has nothing to keep of a chain but its last two states and its anchors. What does not depend
+on the stream (parameters, side inputs, random seeds) is shared with the forward. A random operator
+that would draw anew is paired: the forward keeps the generator's state, and the clone runs with it.
 
 Works in place on the graphs of AOTAutograd, any set of decompositions. A chain that was cut into
 several graphs is reversed piece by piece.
@@ -36,8 +36,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 from re2fx.aten import Value, emit, is_random, is_tensor, restrided, steps_between, undo
+from re2fx.conditioning import place_anchors
 from re2fx.coupling import Coupling
-from re2fx.marks import COUPLE, LINK, MARKS
+from re2fx.marks import COUPLE, LINK, MARKS, read_couple
 
 
 def reverse(graph: Graph) -> int:
@@ -91,6 +92,8 @@ class Block:
         read: what the branch sees of ``p_i``.
         branch: ``F_i(p_i)``.
         coupling: the coefficients.
+        reversible: whether its states may be reconstructed.
+        tolerance: relative error that a reconstructed state may have.
     """
 
     couple: Node
@@ -99,19 +102,19 @@ class Block:
     read: Node
     branch: Node
     coupling: Coupling
+    reversible: bool
+    tolerance: float
 
     @classmethod
     def of(cls, couple: Node) -> Block:
         """Read the arguments of a mark."""
-        arguments: Any = couple.args
-        current, previous, read, branch, *coefficients = arguments[:7]
-        return cls(couple, current, previous, read, branch, Coupling(*coefficients))
+        return cls(couple, *read_couple(couple))
 
 
 def pieces(graph: Graph) -> list[list[Block]]:
     """The blocks of each chain in order, as far as they lie in this graph."""
     couples = [node for node in graph.nodes if node.target is COUPLE]
-    blocks = {node: Block.of(node) for node in couples if node.args[7:] != (False,)}
+    blocks = {node: Block.of(node) for node in couples if read_couple(node).reversible}
     following: dict[Node, Block] = {}
     for block in blocks.values():
         current, previous = unlinked(block.current, block.previous)
@@ -127,6 +130,13 @@ def pieces(graph: Graph) -> list[list[Block]]:
                 piece.append(following[piece[-1].couple])
             found.append(piece)
     return found
+
+
+def anchors(piece: list[Block]) -> list[Block]:
+    """The blocks in front of which the true pair of states is stored, as far as they lie here."""
+    couplings = [block.coupling for block in piece]
+    eps = torch.finfo(piece[0].couple.meta["val"].dtype).eps
+    return [piece[place] for place in place_anchors(couplings, eps, piece[0].tolerance)]
 
 
 def unlinked(current: Node, previous: Node) -> tuple[Node, Node]:
@@ -167,14 +177,18 @@ class Reversal:
         readers = [self.readers(nodes) for nodes in members]
         count = max((i + 1 for i, users in enumerate(readers) if users), default=0)
         following, current = blocks[0].couple, blocks[0].current
+        kept = anchors(piece)
         for index, block in enumerate(blocks[:count]):
             first = next(users for users in readers[index:] if users)
             with self.graph.inserting_before(min(first, key=self.position.__getitem__)):
                 if index == 0:
                     current = self.another_name(current)
-                last = index == count - 1
-                clones = self.rerun(block, current, members[index], with_branch=not last)
-                if not last:
+                goes_on, stored = index < count - 1, block in kept
+                clones = self.rerun(block, current, members[index], goes_on and not stored)
+                if goes_on and stored:
+                    states = unlinked(block.current, block.previous)
+                    following, current = map(self.another_name, states)
+                elif goes_on:
                     branch = clones.get(block.branch, block.branch)
                     following, current = self.step_back(block, following, current, branch)
         return count

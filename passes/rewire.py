@@ -15,8 +15,10 @@ a reader get them in the dtype of the chain's input, which changes nothing in an
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,11 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from re2fx import ops
+from re2fx.contexts import owned
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
 from re2fx.couplings import Couplings, resolve
+from re2fx.drawn import signs
+from re2fx.errors import OptionError
 from re2fx.graph import Flow
 from re2fx.plan import Chain, Plan, Residual
 from re2fx.wiring import Block, Link, Wiring
@@ -117,6 +122,7 @@ class _Rewirer:
         self.steps: dict[Node, tuple[Chain, Residual]] = {}
         self.links: dict[Node, Chain] = {}
         self.branches: dict[Node, tuple[Chain, Residual]] = {}
+        self.bodies: dict[str, list[Node]] = {}  # what runs once more, by a residual's addition
         self.taken_over: set[Node] = set()
         self.branch_inputs: dict[Node, Node] = {}
         for chain in plan.chains:
@@ -132,6 +138,8 @@ class _Rewirer:
             passengers, _ = self.flow.passengers(region, {add, *dropped})
             self.branches.update(dict.fromkeys((*region, *passengers), (chain, residual)))
             self.taken_over.update((add, *dropped))
+            if self.couplings[chain.output].evaluations > 1:
+                self.bodies[residual.add] = body(self.flow, region)
             self.steps[node[residual.output]] = (chain, residual)
             self.links.update((node[name], chain) for name in links)
 
@@ -175,20 +183,44 @@ class _Rewirer:
         state = self.state(chain)
         add = self.flow.by_name[residual.add]
         moved = self.flow.by_name[residual.activation] if residual.activation else None
-        branch = self.branch_sum(residual)
-        if moved is not None and not self.on_stream:
-            branch = self.activate(moved, branch, self.sole_branch(residual))
-        coupling = self.couplings[chain.output].scaled(residual.skip_scale, 1.0)
-        coupling = coupling.at(str(residual.location))
-        current, previous = state.pair.current, state.pair.previous
-        new = self.emit(add, coupling.step, current, previous, branch)
-        state.couplings.append((coupling, residual.skip_scale))
-        state.steps.append(
-            Block(current.name, previous.name, branch.name, new.name, coupling, residual.location)
-        )
+        new, current = self.write_block(state, residual, residual.skip_scale)
+        for _ in range(1, state.coupling.evaluations):
+            state.pair = Pair(new, current, state.pair.activation)
+            for member in self.bodies[residual.add]:
+                self.values[member] = self.copy(member)  # reads the pair as it is now
+            new, current = self.write_block(state, residual, 1.0)
         if self.on_stream and moved is not None:
             self.publish(add, state, Pair(new, current))
         self.publish(node, state, Pair(new, current, moved if self.on_stream else None))
+
+    def write_block(self, state: State, residual: Residual, scale: float) -> tuple[Node, Node]:
+        """One step of the recurrence; returns the two newest states.
+
+        Args:
+            state: of the chain.
+            residual: its branch was written for the present pair.
+            scale: what the step does to the skip of the original network.
+        """
+        moved = self.flow.by_name[residual.activation] if residual.activation else None
+        branch = self.branch_sum(residual)
+        if moved is not None and not self.on_stream:
+            branch = self.activate(moved, branch, self.sole_branch(residual))
+        coupling = state.coupling.scaled(residual.skip_scale, 1.0)
+        coupling = coupling.at(str(residual.location))
+        current, previous = state.pair.current, state.pair.previous
+        add = self.flow.by_name[residual.add]
+        drawn = self.draw(add, current) if coupling.draws else []
+        new = self.emit(add, coupling.step, current, previous, branch, *drawn)
+        state.couplings.append((coupling, scale))
+        state.steps.append(
+            Block(current.name, previous.name, branch.name, new.name, coupling, residual.location)
+        )
+        return new, current
+
+    def draw(self, add: Node, stream: Node) -> list[Node]:
+        """What a block's coupling draws, behind its branch, as the executor does."""
+        self.recorder.origin = add
+        return [self.recorder.create_node("call_function", signs, (stream,), {})]
 
     def branch_sum(self, residual: Residual) -> Node:
         """The branch's output: parallel branches added, constant scales applied."""
@@ -320,6 +352,41 @@ class _Rewirer:
         self.recorder.origin = origin
         result: Proxy = function(*(Proxy(value, self.recorder) for value in values))
         return result.node
+
+
+def body(flow: Flow, region: Iterable[Node]) -> list[Node]:
+    """What must be written again for a branch to run again, in program order.
+
+    Besides the nodes on the way from the stream those that draw noise for it, switches of autocast
+    and gradients that belong to it, identities among its nodes, and writes to members: those it
+    reads, and the counters of its layers.
+
+    Raises:
+        OptionError: the branch writes to a member, and somebody else reads the result.
+    """
+    region = list(region)
+    inner = {*flow.private(region), *region}
+    first, last = (flow.position[region[end]] for end in (0, -1))
+    found = {*inner, *owned(flow, inner)}
+    found.update(node for node in flow.nodes[first:last] if flow.source(node) in inner)
+    read = (value for node in inner for value in flow.inputs(node))
+    unread = (node for node in flow.nodes[first:last] if not flow.users(node))
+    for node in filter(partial(writes_member, flow), (*read, *unread)):
+        if not inner.issuperset(flow.users(node)):
+            raise OptionError(
+                f"{flow.location(node)}: the branch changes a tensor of its module, which is read "
+                "elsewhere too; it cannot run twice. Leave the residual out with select=, or use "
+                "another coupling."
+            )
+        found.add(node)
+    return sorted(found, key=flow.position.__getitem__)
+
+
+def writes_member(flow: Flow, node: Node) -> bool:
+    """Whether a node writes to a parameter or buffer in place and reads nothing else."""
+    inputs = node.all_input_nodes
+    members = bool(inputs) and all(value.op == "get_attr" for value in inputs)
+    return members and ops.is_inplace(node, flow.root)
 
 
 def first_input(node: Node) -> Node:

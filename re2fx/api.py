@@ -13,17 +13,18 @@ from torch.fx import Graph
 from . import routes
 from .capture import Captured, Leaves
 from .choice import Weigh
+from .conditioning import annotated, check_tolerance
+from .consistency import agree
 from .coupling import READOUTS, Coupling, Readout
-from .couplings import Couplings, PerChain, checked, given, resolve
+from .couplings import Couplings, PerChain, check_drawn, checked, given, resolve
 from .errors import (
     CaptureError,
-    ModeMismatchError,
     NoResidualError,
     OptionError,
     Re2fxWarning,
 )
 from .exact import FixedPoint, fixed
-from .explanation import Explanation
+from .explanation import Explanation, explanation, explanation_of_pieces
 from .given import as_module
 from .graph import Flow, copy_graph, forget_examples, same_graph
 from .inputs import Call, InputSpec
@@ -41,10 +42,10 @@ from .piecewise import Account, PiecewiseModule, merged_plan
 from .plan import Plan
 from .policy import Policy, Select, has_tensors
 from .sharding import check_not_sharded
-from .text import count
 from .twins import say_given_classes
 from .variants import Chosen, Recipe, Surroundings
 from .weigh import weigh_model
+from .wiring import DRIFT_TOLERANCE
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -62,8 +63,10 @@ class Options:
     memory: Memory
     policy: Policy = field(default_factory=Policy)
     exact: bool | FixedPoint = False
+    drift_tolerance: float = DRIFT_TOLERANCE
 
     def __post_init__(self) -> None:
+        check_tolerance(self.drift_tolerance)
         object.__setattr__(self, "coupling", checked(self.coupling))
         for name, allowed in (
             ("readout", READOUTS),
@@ -74,6 +77,8 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise OptionError(f"{name}={value!r}: expected one of {listed}")
+        for coupling in given(self.coupling):
+            coupling.check_readout(self.readout)
         bad = [coupling for coupling in given(self.coupling) if not coupling.invertible]
         if self.memory == "reversible" and bad:
             raise OptionError(
@@ -108,6 +113,7 @@ def transform(
     select: Select | None = None,
     min_chain: int = 2,
     min_saving: int | float | None = None,
+    drift_tolerance: float = DRIFT_TOLERANCE,
 ) -> nn.Module:
     """Rewire a residual network so that its activations can be reconstructed instead of stored.
 
@@ -123,8 +129,8 @@ def transform(
         coupling: how the two streams combine; `Coupling.re2tal` by default. One for all chains, a
             sequence with one per chain in the order in which `explain` lists them, or a function
             of a `Chain` that returns one.
-        readout: ``"mean"`` of the two streams (Re2TAL's), or ``"sum"``, which keeps the full
-            update.
+        readout: ``"mean"`` of the two streams (Re2TAL's), ``"sum"``, which keeps the full
+            update, or ``"last"``, the newer stream alone.
         activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
         memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
         exact: carry the streams in fixed point, so that they are reconstructed to the bit at any
@@ -142,6 +148,8 @@ def transform(
         min_saving: what a chain must save to be rewired: bytes, as a whole number, or a fraction
             of what it keeps for the backward; predicted for ``example_inputs`` as if every
             parameter were trained.
+        drift_tolerance: relative rounding error that a reconstructed state may have. A chain whose
+            coupling amplifies rounding keeps a true pair of states (an anchor) often enough.
 
     Returns:
         a `torch.fx.GraphModule` that computes the rewired network, or ``model`` itself, with a
@@ -154,7 +162,7 @@ def transform(
         ShardingError: the model was given to ``fully_shard`` before.
         CaptureError: neither the model nor a part of it with residuals can be captured.
         ModeMismatchError: train and eval mode would be rewired differently.
-        ConditioningError: the coupling loses too many digits over a chain's depth.
+        ConditioningError: the coupling cannot be inverted, or loses its digits in a few residuals.
         NoResidualError: nothing can be rewired, with ``strict=True``.
     """
     if isinstance(model, (RewiredModule, PiecewiseModule)):
@@ -163,7 +171,8 @@ def transform(
     policy = Policy(select, min_chain, min_saving)
     if coupling is None:
         coupling = Coupling.re2tal()
-    options = Options(coupling, readout, activation, memory, policy, exact)
+    how = coupling, readout, activation, memory
+    options = Options(*how, policy, exact, drift_tolerance)
     policy.check_shapes(example_inputs)
     check_not_sharded(model)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
@@ -277,10 +286,11 @@ def rewire_modes(
     """
     equal = same_graph(captured.train, captured.eval)  # before rewiring, which looks at examples
     train = rewire_graph(captured.train, model, options, leaves, weigh)
-    if equal:
+    if equal and not check_drawn(train.couplings):
         forget_examples(captured.eval)
         history = (("captured", captured.eval), *train.history[1:])
-        return train, replace(train, graph=copy_graph(train.graph), history=history)
+        graph = copy_graph(train.graph)
+        return train, replace(train, graph=graph, history=history, training=False)
     eval_ = rewire_graph(captured.eval, model, options, leaves, weigh, train)
     return train, eval_
 
@@ -376,36 +386,48 @@ def rewire_graph(
         options: how to rewire.
         leaves: modules to leave alone in a graph that was traced into them.
         weigh: as for `make_plan`.
-        like: the other mode, with which this one must agree.
+        like: the train mode, with which this one, eval mode, must agree.
     """
     flow, plan = make_plan(graph, model, options.activation, leaves, options.policy, weigh)
     if like is not None:
         agree(type(model).__name__, like.plan, plan)
         options = replace(options, coupling=like.couplings)
-    rewired = rewire_plan(flow, plan, options)
+    rewired = rewire_plan(flow, plan, options, training=like is None)
     history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
     for _, step in (*history, ("final", rewired.graph)):
         forget_examples(step)
     return replace(rewired, history=history)
 
 
-def rewire_plan(flow: Flow, plan: Plan, options: Options) -> Rewired:
-    """Rewire what was planned."""
-    couplings = resolve(options.coupling, plan.chains)
-    used = tuple(fixed(coupling, options.point) for coupling in couplings)
+def rewire_plan(flow: Flow, plan: Plan, options: Options, training: bool = True) -> Rewired:
+    """Rewire what was planned; in eval mode a drawn coupling leaves the given network, stored."""
+    couplings, point = resolve(options.coupling, plan.chains), options.point
+    for coupling in couplings:
+        coupling.check_readout(options.readout)
+    drawn = check_drawn(couplings)
+    used = tuple(
+        fixed(coupling if training else coupling.expected, point) for coupling in couplings
+    )
     how = options.readout, options.activation
     rewired, wirings = rewire(flow, plan, used, *how)  # the two-stream form
+    kept = wirings if training or not drawn else ()
+    wirings = tuple(replace(wiring, tolerance=options.drift_tolerance) for wiring in kept)
     before = copy_graph(rewired)
     cleanup(rewired)  # dead tuple elements and shape reads
-    point = options.point
-    return Rewired(rewired, plan, wirings, (("rewired", before),), couplings, *how, point)
+    plan, history = annotated(flow.root, plan, wirings), (("rewired", before),)
+    return Rewired(
+        rewired, plan, wirings, history, couplings, *how, point, options.drift_tolerance, training
+    )
 
 
 def recouple(rewired: Rewired, model: nn.Module, couplings: PerChain) -> Rewired:
     """One mode of a network with another coupling per chain, by the plan that it has."""
     how = rewired.readout, rewired.activation
-    options = Options(couplings, *how, "store", exact=rewired.point or False)
-    made = rewire_plan(Flow(rewired.normalized, model), rewired.plan, options)
+    options = Options(
+        couplings, *how, "store", exact=rewired.point or False, drift_tolerance=rewired.tolerance
+    )
+    flow = Flow(rewired.normalized, model)
+    made = rewire_plan(flow, rewired.plan, options, rewired.training)
     for _, step in (*made.history, ("final", made.graph)):
         forget_examples(step)
     return replace(made, history=(*rewired.history[:2], *made.history))
@@ -421,6 +443,8 @@ def explain(
     select: Select | None = None,
     min_chain: int = 2,
     min_saving: int | float | None = None,
+    coupling: Couplings | None = None,
+    drift_tolerance: float = DRIFT_TOLERANCE,
 ) -> Explanation:
     """List every skip-add: rewired, or refused and why, with its source line.
 
@@ -433,6 +457,8 @@ def explain(
         select: as for `transform`.
         min_chain: as for `transform`.
         min_saving: as for `transform`.
+        coupling: as for `transform`; what it means for each chain is said, errors included.
+        drift_tolerance: as for `transform`.
 
     Raises:
         OptionError: an argument has a value it cannot take.
@@ -445,52 +471,19 @@ def explain(
     if isinstance(model, PiecewiseModule):
         return explanation_of_pieces(type(model).__name__, model, model.account)
     policy.check_shapes(example_inputs)
-    options = Options(Coupling.re2tal(), "mean", activation, "store", policy)
+    used = Coupling.re2tal() if coupling is None else coupling
+    readout: Readout = "last" if any(c.draws for c in given(used)) else "mean"
+    how = used, readout, activation
+    options = Options(*how, "store", policy, drift_tolerance=drift_tolerance)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
     if pieces.module is not None:
         return explanation_of_pieces(type(model).__name__, pieces.module, pieces.account)
     assert captured is not None
     weigh = weigher(model, example_inputs, captured, activation)
-    _, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
+    flow, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
+    if coupling is not None:
+        plan = rewire_plan(flow, plan, options).plan
     return explanation(model, plan, captured, pieces.account)
-
-
-def explanation(
-    model: nn.Module, plan: Plan, captured: Captured, account: Account | None = None
-) -> Explanation:
-    """What is done with a captured model; the account says what was tried with its parts."""
-    name, account = type(model).__name__, account or Account()
-    plan = Plan.merged([plan, *account.refused])
-    shapes = captured.inputs.shapes
-    return Explanation(
-        name, plan, captured.leaves, captured.route, captured.failures, account,
-        shapes[0].in_words() if shapes else {},
-    )  # fmt: skip
-
-
-def explanation_of_pieces(name: str, module: nn.Module, account: Account) -> Explanation:
-    """What is done with a model of which submodules were rewired by themselves."""
-    plan = Plan.merged([merged_plan(module), *account.refused])
-    return Explanation(name, plan, {}, account.route, account.failures, account)
-
-
-def agree(name: str, train: Plan, eval_: Plan) -> None:
-    """One function in train and in eval mode, or none at all."""
-    if train.signature() == eval_.signature():
-        return
-    for number, (a, b) in enumerate(zip(train.signature(), eval_.signature(), strict=False)):
-        if a != b:
-            detail = f"chain {number} is {a} in train mode and {b} in eval mode"
-            break
-    else:
-        detail = (
-            f"{count(len(train.chains), 'chain')} in train mode, {len(eval_.chains)} in eval mode"
-        )
-    raise ModeMismatchError(
-        f"{name} would be rewired differently in train and in eval mode, which "
-        f"would make two different networks of it: {detail}. Keep the modules that differ whole "
-        "with leaves=[...]."
-    )
 
 
 def nothing_rewired(

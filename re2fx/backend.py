@@ -26,7 +26,7 @@ from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
 from .coupling import Coupling, Readout
-from .couplings import Couplings
+from .couplings import Couplings, check_drawn, resolve
 from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
@@ -45,12 +45,14 @@ from .policy import Policy, Select
 from .program import Program, with_kernels
 from .regions import Regions
 from .weigh import weigh_lifted
+from .wiring import DRIFT_TOLERANCE
 
 Function = Callable[..., Any]
 
 # What only the rewiring itself can heed.
 REWIRING = (
-    "coupling", "readout", "activation", "exact", "leaves", "select", "min_chain", "min_saving"
+    "coupling", "readout", "activation", "exact", "leaves", "select", "min_chain", "min_saving",
+    "drift_tolerance",
 )  # fmt: skip
 
 EXACT_IN_REGIONS = (
@@ -65,7 +67,8 @@ class Settings:
 
     Attributes:
         coupling, readout, activation, memory, exact, leaves, strict, select, min_chain,
-            min_saving: as for `re2fx.transform`; the inputs are those of the call that is compiled.
+            min_saving, drift_tolerance: as for `re2fx.transform`; the inputs are those of the call
+            that is compiled.
         compiler: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         compiler_options: Inductor's settings, what ``options`` is for ``backend="inductor"``.
         scope: ``"graph"`` compiles forward and backward as wholes; ``"region"`` compiles each
@@ -82,6 +85,7 @@ class Settings:
     select: Select | None = None
     min_chain: int = 2
     min_saving: int | float | None = None
+    drift_tolerance: float = DRIFT_TOLERANCE
     compiler: str = "inductor"
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "graph"
@@ -115,7 +119,8 @@ class Settings:
         """The part that says how to rewire."""
         coupling = Coupling.re2tal() if self.coupling is None else self.coupling
         policy = Policy(self.select, self.min_chain, self.min_saving)
-        return Options(coupling, self.readout, self.activation, self.memory, policy, self.exact)
+        how = coupling, self.readout, self.activation, self.memory
+        return Options(*how, policy, self.exact, self.drift_tolerance)
 
     @property
     def inner(self) -> Inner:
@@ -142,7 +147,7 @@ def re2fx(
         OptionError: an option is unknown or has a value it cannot take.
         ChainCutError: the graph is a piece of a chain.
         ModeMismatchError: the model was rewired otherwise when it was compiled before.
-        ConditioningError: the coupling loses too many digits over a chain's depth.
+        ConditioningError: the coupling cannot be inverted, or loses its digits in a few residuals.
         NoResidualError: nothing can be rewired, with ``strict=True``.
     """
     try:
@@ -190,10 +195,24 @@ def rewire_lifted(
         nothing_rewired(origin, plan, settings)
         return None
     warn_of_limit(origin)
-    rewired = rewire_plan(flow, plan, options)
+    drawn = check_drawn(resolve(options.coupling, plan.chains))
+    training = not drawn or in_training(origin)
+    rewired = rewire_plan(flow, plan, options, training)
     if settings.memory == "reversible":
         check_conditioning(lifted.root, rewired.wirings, origin.name)
     return rewired
+
+
+def in_training(origin: Origin) -> bool:
+    """The mode of the module that is compiled.
+
+    Raises:
+        OptionError: there is none.
+    """
+    for module in (origin.root, origin.owner):
+        if isinstance(module, nn.Module):
+            return module.training
+    raise OptionError(f"{origin.name}: a coupling that draws needs a module, which has a mode")
 
 
 def run_rewired(

@@ -15,6 +15,7 @@ class ReadoutName(str, Enum):
 
     mean = "mean"
     sum = "sum"
+    last = "last"
 
 
 class ActivationName(str, Enum):
@@ -36,7 +37,7 @@ CouplingOpt = Annotated[
     typer.Option(
         "--coupling",
         metavar="NAME|A,B,C",
-        help="re2tal (default), consistent:B, momentum:G, dr2net:ALPHA,BETA, midpoint:B,H, "
+        help="re2tal (default), consistent:B, momentum:G, dr2net:ALPHA,BETA, midpoint:B,H, double, "
         "or the coefficients.",
     ),
 ]
@@ -93,13 +94,14 @@ def read_coupling(text: str | None) -> Any:
         return None
     makers: dict[str, Callable[..., Any]] = {
         name: getattr(Coupling, name)
-        for name in ("re2tal", "consistent", "midpoint", "momentum", "dr2net")
+        for name in ("re2tal", "consistent", "midpoint", "momentum", "dr2net", "double")
     }
     name, _, numbers = text.partition(":")
     try:
         if name in makers:
             return makers[name](*map(float, filter(None, numbers.split(","))))
-        return Coupling(*map(float, text.split(",")))
+        a, b, c = map(float, text.split(","))
+        return Coupling(a, b, c)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(
             f"{text!r}; write {', '.join(makers)} with its numbers, such as consistent:0.5, "

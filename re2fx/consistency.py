@@ -14,6 +14,7 @@ from torch import nn
 from .errors import ModeMismatchError
 from .origin import Origin
 from .plan import Location, Plan
+from .text import count
 
 Key = tuple[str, int, int]
 Places = dict[Key, tuple[Key | None, str]]
@@ -105,4 +106,23 @@ def mismatch(name: str, detail: str) -> ModeMismatchError:
         f"networks of it: {detail}. Keep the modules that differ whole with "
         "options={'leaves': [...]}, or rewire once: "
         "torch.compile(re2fx.transform(model), backend='re2fx')."
+    )
+
+
+def agree(name: str, train: Plan, eval_: Plan) -> None:
+    """One function in train and in eval mode, or none at all."""
+    if train.signature() == eval_.signature():
+        return
+    for number, (a, b) in enumerate(zip(train.signature(), eval_.signature(), strict=False)):
+        if a != b:
+            detail = f"chain {number} is {a} in train mode and {b} in eval mode"
+            break
+    else:
+        detail = (
+            f"{count(len(train.chains), 'chain')} in train mode, {len(eval_.chains)} in eval mode"
+        )
+    raise ModeMismatchError(
+        f"{name} would be rewired differently in train and in eval mode, which "
+        f"would make two different networks of it: {detail}. Keep the modules that differ whole "
+        "with leaves=[...]."
     )

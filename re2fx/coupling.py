@@ -22,13 +22,13 @@ import torch
 
 from .errors import OptionError
 
-Readout = Literal["mean", "sum"]
+Readout = Literal["mean", "sum", "last"]
 READOUTS: tuple[str, ...] = get_args(Readout)
 
 FINEST = 8  # the largest j of a snapped b = 2**-j
 
 
-def _accumulate(*terms: tuple[float, Any]) -> Any:
+def accumulate(*terms: tuple[float, Any]) -> Any:
     """Sum ``coefficient * value``, leaving out zeros and factors of one."""
     total: Any = None
     for coefficient, value in terms:
@@ -47,11 +47,13 @@ class Coupling:
         a: weight of the current stream state ``p_i``.
         b: weight of the previous stream state ``p_{i-1}``; zero cannot be inverted.
         c: weight of the branch's output; not zero.
+        evaluations: steps per residual; its branch is run anew, with the same weights, in each.
     """
 
     a: float
     b: float
     c: float
+    evaluations: int = 1
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "c"):
@@ -60,6 +62,8 @@ class Coupling:
                 raise OptionError(f"coupling: {name} must be a finite number, not {value!r}")
         if self.c == 0:
             raise OptionError("coupling: c = 0 would leave the branches out of the network")
+        if self.evaluations not in (1, 2):
+            raise OptionError(f"coupling: evaluations must be 1 or 2, not {self.evaluations!r}")
 
     @classmethod
     def re2tal(cls) -> Coupling:
@@ -90,6 +94,65 @@ class Coupling:
     def dr2net(cls, alpha: float, beta: float) -> Coupling:
         """``(alpha, beta, 1)``: Dr2Net (CVPR 2024)."""
         return cls(alpha, beta, 1.0)
+
+    @classmethod
+    def double(cls) -> Coupling:
+        """``(0, 1, 1)`` twice per residual: ``y' = y + F(z)``, ``z' = z + F(y')``.
+
+        The coupling of RevNet (Gomez et al., 2017) with one branch for both of its functions: both
+        streams get the update of every residual, so their mean carries the full one. **A branch
+        runs twice**, which doubles the cost of the forward and of the backward; dropout is drawn
+        for each run, and running statistics move in each.
+        """
+        return cls(0.0, 1.0, 1.0, evaluations=2)
+
+    @staticmethod
+    def bdia(gamma: float = 0.5) -> Coupling:
+        """Random signs per sample and block in train mode, the given network in eval mode.
+
+        BDIA (Zhang et al., 2024), see `re2fx.drawn`: ``(1 - s g, s g, 1 + s g)`` with a drawn sign
+        ``s``. Needs ``readout="last"``, and in fp32 anchors. In eval mode nothing is reconstructed,
+        since ``(1, 0, 1)`` cannot be inverted: a call with gradients stores.
+        """
+        from .drawn import Drawn
+
+        return Drawn(1.0, 0.0, 1.0, gamma=gamma)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its coefficients are drawn in the forward."""
+        return False
+
+    def draw(self, stream: torch.Tensor) -> torch.Tensor | None:
+        """What one block draws for the samples of a stream, of shape (samples, 1, ..., 1)."""
+        return None
+
+    @property
+    def expected(self) -> Coupling:
+        """The coupling in eval mode."""
+        return self
+
+    @property
+    def outcomes(self) -> tuple[Coupling, ...]:
+        """The couplings that are drawn from, each as likely as the others."""
+        return (self,)
+
+    def check_readout(self, readout: Readout) -> None:
+        """Refuse a readout that would not mean what it says.
+
+        Raises:
+            OptionError: names the one to take.
+        """
+        if self.evaluations > 1 and readout == "sum":
+            raise OptionError(
+                f"readout='sum' counts every update twice with coupling {self}, both of whose "
+                "streams carry all of them; use 'mean' or 'last'"
+            )
+        if self.draws and readout != "last":
+            raise OptionError(
+                f"readout={readout!r}: with coupling {self} the network in eval mode is the given "
+                "one only if its newest state is read; use readout='last'"
+            )
 
     def scaled(self, skip: float, branch: float) -> Coupling:
         """The coupling of a residual written as ``skip * x + branch * F(x)``."""
@@ -146,12 +209,21 @@ class Coupling:
         """The numbers that a state stands for."""
         return state
 
-    def step(self, current: Any, previous: Any, branch: Any) -> Any:
-        """``p_{i+1}`` from ``p_i``, ``p_{i-1}`` and ``F_i(p_i)``."""
-        return _accumulate((self.a, current), (self.b, previous), (self.c, branch))
+    @property
+    def gain(self) -> float:
+        """By how much one step stretches the streams if the branches are left out.
 
-    def inverse(self, following: Any, current: Any, branch: Any) -> Any:
-        """``p_{i-1}`` from ``p_{i+1}``, ``p_i`` and ``F_i(p_i)``."""
+        The largest root in absolute value of ``m^2 - a m - b = 0``.
+        """
+        root = complex(self.a * self.a + 4 * self.b) ** 0.5
+        return max(abs((self.a + sign * root) / 2) for sign in (1, -1))
+
+    def step(self, current: Any, previous: Any, branch: Any, draw: Any = None) -> Any:
+        """``p_{i+1}`` from ``p_i``, ``p_{i-1}``, ``F_i(p_i)`` and what was drawn, if anything."""
+        return accumulate((self.a, current), (self.b, previous), (self.c, branch))
+
+    def inverse(self, following: Any, current: Any, branch: Any, draw: Any = None) -> Any:
+        """``p_{i-1}`` from ``p_{i+1}``, ``p_i``, ``F_i(p_i)`` and what was drawn, if anything."""
         previous = following
         if self.a != 0:
             previous = previous - (current if self.a == 1 else current * self.a)
@@ -160,17 +232,18 @@ class Coupling:
         return previous if self.b == 1 else previous / self.b
 
     def advance(
-        self, current: Any, previous: Any, branch: Any, gauge: Any, where: str
+        self, current: Any, previous: Any, branch: Any, draw: Any, gauge: Any, where: str
     ) -> tuple[Any, Any]:
-        """``p_{i+1}``, and what `retreat` needs beside the states and the branch."""
-        return self.step(current, previous, branch), None
+        """``p_{i+1}``, and what `retreat` needs beside the states, the branch and the draw."""
+        return self.step(current, previous, branch, draw), None
 
-    def retreat(self, following: Any, current: Any, branch: Any, lost: Any) -> Any:
+    def retreat(self, following: Any, current: Any, branch: Any, draw: Any, lost: Any) -> Any:
         """``p_{i-1}``."""
-        return self.inverse(following, current, branch)
+        return self.inverse(following, current, branch, draw)
 
     def __str__(self) -> str:
-        return f"({self.a:g}, {self.b:g}, {self.c:g})"
+        twice = " twice" if self.evaluations == 2 else ""
+        return f"({self.a:g}, {self.b:g}, {self.c:g}){twice}"
 
 
 def linear_weights(couplings: Sequence[tuple[Coupling, float]]) -> tuple[float, float, float]:
@@ -192,12 +265,15 @@ def read(
     """Turn two streams into one value.
 
     ``mean`` is Re2TAL's. ``sum`` keeps the full update of the original ``x + sum F_i`` (the mean
-    halves it): the two streams together, less the surplus of the chain's input ``start``.
+    halves it): the two streams together, less the surplus of the chain's input ``start``. ``last``
+    is a copy of the newer state ``p_n`` alone: what reads it may write to it, the stream is kept.
     """
+    if readout == "last":
+        return current.clone()
     if readout == "mean":
         return (current + previous) * 0.5
     surplus = weights[0] + weights[1] - weights[2]
-    return _accumulate((1.0, current), (1.0, previous), (-surplus, start))
+    return accumulate((1.0, current), (1.0, previous), (-surplus, start))
 
 
 def widen(value: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,18 @@ def given(value: Couplings) -> PerChain:
     return tuple(value) if isinstance(value, Sequence) else ()
 
 
+def check_drawn(couplings: Sequence[Coupling]) -> bool:
+    """Whether couplings are drawn in the forward: those of all chains, or of none.
+
+    Raises:
+        OptionError: they are for some.
+    """
+    drawn = {coupling.draws for coupling in couplings}
+    if len(drawn) > 1:
+        raise OptionError("coupling: Coupling.bdia() is for all chains of a network, or for none")
+    return True in drawn
+
+
 def simplest(couplings: Sequence[Coupling]) -> Coupling | PerChain:
     """One coupling if all chains have it, else one per chain."""
     first = couplings[0] if couplings else Coupling.re2tal()
@@ -95,12 +107,20 @@ def effective(
         return own.at(str(residual.location))
 
     pairs = zip(plan.chains, couplings, strict=True)
-    return [[of(residual, c) for residual in chain.residuals] for chain, c in pairs]
+    return [
+        [of(residual, c) for residual in chain.residuals for _ in range(c.evaluations)]
+        for chain, c in pairs
+    ]
 
 
 def couplings_of(parts: Iterable[RewiredModule]) -> PerChain:
     """The present coupling of every chain of some rewired modules."""
     return tuple(coupling for part in parts for coupling in part._variants[0].couplings)
+
+
+def present(part: RewiredModule) -> Plan:
+    """The plan of a rewired module; what it says of anchors may be of an earlier coupling."""
+    return part._variants[0].rewired[part.training].plan
 
 
 def check_conditioned(part: RewiredModule, couplings: PerChain) -> None:
@@ -110,6 +130,8 @@ def check_conditioned(part: RewiredModule, couplings: PerChain) -> None:
         ConditioningError: names the chain.
     """
     for rewired in part._variants[0].rewired.values():
+        if not rewired.wirings:  # eval mode of a drawn coupling: the given network
+            continue
         found = effective(rewired.plan, couplings, rewired.point)
         own = zip(rewired.wirings, found, strict=True)
         wirings = tuple(wiring.recoupled(blocks) for wiring, blocks in own)
@@ -146,9 +168,7 @@ def change(parts: Mapping[str, RewiredModule], value: Couplings) -> None:
         ConditioningError: a chain could not be reconstructed with it.
     """
     value = checked(value)
-    plans = [
-        part.plan.below(path) if callable(value) else part.plan for path, part in parts.items()
-    ]
+    plans = [present(part).below(path) for path, part in parts.items()]
     couplings = resolve(value, [chain for plan in plans for chain in plan.chains])
     own: list[tuple[RewiredModule, PerChain]] = []
     for part, plan in zip(parts.values(), plans, strict=True):

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .bits import pack, unpack
 from .coupling import Coupling
+from .drawn import Drawn, signs
 from .errors import OptionError, RangeError
 
 Function = Callable[..., Any]
@@ -91,30 +92,39 @@ class FixedPoint:
 # The arithmetic on whole numbers.
 
 
+Number = float | Tensor  # one for all samples, or one each
+
+
 def change(
-    current: Tensor, branch: Tensor, dtype: torch.dtype, a: float, c: float
+    current: Tensor, branch: Tensor, dtype: torch.dtype, a: Number, c: Number
 ) -> tuple[Tensor, Tensor]:
     """``round(a p + c f)`` and the largest of its size."""
     value = branch.to(dtype) * c
-    if a != 0:
+    if isinstance(a, Tensor) or a != 0:
         value = value + current.to(dtype) * a
     largest = value.abs().amax() if value.numel() else value.new_zeros(())
     return value.round().to(current.dtype), largest
 
 
-def combine(change: Tensor, previous: Tensor, shift: int, negative: bool) -> tuple[Tensor, Tensor]:
+def combine(change: Tensor, previous: Tensor, shift: int, sign: Number) -> tuple[Tensor, Tensor]:
     """The state behind, and the bits of the one before that are lost in it, packed."""
-    kept = previous >> shift if shift else previous
-    following = change - kept if negative else change + kept
+    following = change + signed(previous >> shift if shift else previous, sign)
     return following, pack(previous, shift) if shift else previous.new_empty(0)
 
 
 def separate(
-    following: Tensor, change: Tensor, lost: Tensor | None, shift: int, negative: bool
+    following: Tensor, change: Tensor, lost: Tensor | None, shift: int, sign: Number
 ) -> Tensor:
     """The state before."""
-    kept = change - following if negative else following - change
+    kept = signed(following - change, sign)
     return kept if lost is None else unpack(kept, lost, shift)
+
+
+def signed(whole: Tensor, sign: Number) -> Tensor:
+    """Whole numbers times 1 or -1."""
+    if isinstance(sign, Tensor):
+        return whole * sign.to(whole.dtype)
+    return whole if sign > 0 else -whole
 
 
 @dataclass(frozen=True)
@@ -157,14 +167,23 @@ class FixedCoupling(Coupling):
 
     @classmethod
     def of(cls, coupling: Coupling, point: FixedPoint) -> FixedCoupling:
-        """A coupling's coefficients in fixed point."""
-        return cls(coupling.a, coupling.b, coupling.c, point=point)
+        """A coupling in fixed point.
+
+        Raises:
+            OptionError: it cannot be.
+        """
+        numbers = coupling.a, coupling.b, coupling.c, coupling.evaluations
+        if isinstance(coupling, Drawn):
+            return FixedDrawn(
+                coupling.a, coupling.gamma, coupling.c, point=point, gamma=coupling.gamma
+            )
+        return cls(*numbers, point=point)
 
     @classmethod
     def read(cls, arguments: Any) -> FixedCoupling:
         """Off the arguments of the operator of a step."""
-        a, b, c, fraction, width, where = arguments[3:]
-        return cls(a, b, c, point=_given(fraction, width), where=where)
+        draw, a, b, c, fraction, width, where = arguments[3:]
+        return _coupling(draw is not None, a, b, c, _given(fraction, width), where)
 
     @property
     def shift(self) -> int:
@@ -195,9 +214,13 @@ class FixedCoupling(Coupling):
         """The numbers that are carried."""
         return DECODE(state, *self._point())
 
-    def step(self, current: Any, previous: Any, branch: Any) -> Any:
+    def step(self, current: Any, previous: Any, branch: Any, draw: Any = None) -> Any:
         """``p_{i+1}``; what is shifted out is lost."""
-        return STEP(current, previous, branch, *self.coefficients, *self._point(), self.where)
+        return STEP(current, previous, branch, draw, *self.coefficients, *self._point(), self.where)
+
+    def weights(self, draw: Tensor | None) -> tuple[Number, Number, Number]:
+        """a, b and c, for each sample if they are drawn."""
+        return self.coefficients
 
     @property
     def coefficients(self) -> tuple[float, float, float]:
@@ -211,32 +234,97 @@ class FixedCoupling(Coupling):
     # in the executor
 
     def advance(
-        self, current: Tensor, previous: Tensor, branch: Tensor, gauge: Gauge, where: str
+        self,
+        current: Tensor,
+        previous: Tensor,
+        branch: Tensor,
+        draw: Tensor | None,
+        gauge: Gauge,
+        where: str,
     ) -> tuple[Tensor, Tensor | None]:
         """``p_{i+1}`` and the bits that were shifted out, packed."""
         following, lost = _Advance.apply(  # type: ignore[no-untyped-call]
-            current, previous, branch, self, gauge, where
+            current, previous, branch, draw, self, gauge, where
         )
         return following, lost if self.shift else None
 
     def retreat(
-        self, following: Tensor, current: Tensor, branch: Tensor, lost: Tensor | None
+        self,
+        following: Tensor,
+        current: Tensor,
+        branch: Tensor,
+        draw: Tensor | None,
+        lost: Tensor | None,
     ) -> Tensor:
-        """``p_{i-1}`` from ``p_{i+1}``, ``p_i``, the branch's result and the bits shifted out."""
-        change, _ = self.change(current, branch)
+        """``p_{i-1}`` from all that is known of the step, the bits shifted out among it."""
+        change, _ = self.change(current, branch, draw)
         carried = CARRIED[following.dtype]
         whole: Tensor = self.kernels.separate(
-            following.view(carried), change, lost, self.shift, self.b < 0
+            following.view(carried), change, lost, self.shift, self.sign(draw)
         )
         return whole.view(following.dtype)
 
-    def change(self, current: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, current: Tensor, branch: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
         """``round(a p_i + c F_i(p_i))`` in whole units, and the largest of its size."""
         carried, scale = CARRIED[current.dtype], 2.0 ** self.point.bits(current.dtype)
+        a, _, c = self.weights(draw)
         found: tuple[Tensor, Tensor] = self.kernels.change(
-            current.view(carried), branch, current.dtype, self.a, self.c * scale
+            current.view(carried), branch, current.dtype, a, c * scale
         )
         return found
+
+    def sign(self, draw: Tensor | None) -> Number:
+        """That of b."""
+        return -1 if self.b < 0 else 1
+
+
+@dataclass(frozen=True)
+class FixedDrawn(FixedCoupling):
+    """BDIA's coupling in fixed point; see `re2fx.drawn`. ``b`` is its weight for the sign +1.
+
+    Attributes:
+        gamma: the weight of the state before, up to its sign.
+        skip: constant scale of the residual's skip.
+    """
+
+    gamma: float = 0.5
+    skip: float = 1.0
+
+    @property
+    def draws(self) -> bool:
+        """Signs are drawn."""
+        return True
+
+    def draw(self, stream: Tensor) -> Tensor:
+        """The signs of one block."""
+        return signs(stream)
+
+    @property
+    def expected(self) -> Coupling:
+        """The given network."""
+        return Coupling.original()
+
+    def scaled(self, skip: float, branch: float) -> FixedDrawn:
+        """The coupling of a residual written as ``skip * x + branch * F(x)``."""
+        if branch != 1:
+            raise OptionError("bdia: scale the branch itself")
+        return replace(self, a=self.a * skip, b=self.b * skip, skip=self.skip * skip)
+
+    def step(self, current: Any, previous: Any, branch: Any, draw: Any = None) -> Any:
+        """``p_{i+1}``; what is shifted out is lost."""
+        numbers = (self.skip, self.gamma, 1.0)
+        return STEP(current, previous, branch, draw, *numbers, *self._point(), self.where)
+
+    def weights(self, draw: Tensor | None) -> tuple[Number, Number, Number]:
+        """a, b and c of each sample."""
+        assert draw is not None, "signs have been drawn"
+        shift = draw * self.gamma
+        return (1 - shift) * self.skip, shift * self.skip, shift + 1
+
+    def sign(self, draw: Tensor | None) -> Number:
+        """That of b for each sample."""
+        assert draw is not None, "signs have been drawn"
+        return draw if self.b > 0 else -draw
 
 
 def fixed(coupling: Coupling, point: FixedPoint | None) -> Coupling:
@@ -357,32 +445,38 @@ class _Advance(torch.autograd.Function):
         current: Tensor,
         previous: Tensor,
         branch: Tensor,
+        draw: Tensor | None,
         coupling: FixedCoupling,
-        gauge: Gauge | None,
+        gauge: Gauge,
         where: str,
     ) -> tuple[Tensor, Tensor]:
-        ctx.coefficients, ctx.branch = coupling.coefficients, branch.dtype
-        change, largest = coupling.change(current, branch)
+        ctx.weights, ctx.branch = coupling.weights(draw), branch.dtype
+        change, largest = coupling.change(current, branch, draw)
         carried = CARRIED[current.dtype]
         states = (current.view(carried), previous.view(carried))
         following, lost = coupling.kernels.combine(
-            change, states[1], coupling.shift, coupling.b < 0
+            change, states[1], coupling.shift, coupling.sign(draw)
         )
-        if gauge is not None:
-            gauge.note(following, states, largest, coupling, where)
+        gauge.note(following, states, largest, coupling, where)
         ctx.mark_non_differentiable(lost)
         return following.view(current.dtype), lost
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return (*straight(grad, ctx.coefficients, ctx.branch), None, None, None)
+        return (*straight(grad, ctx.weights, ctx.branch), None, None, None, None)
 
 
 def straight(
-    grad: Tensor, coefficients: tuple[float, float, float], branch: torch.dtype
+    grad: Tensor, weights: tuple[Number, Number, Number], branch: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of current, previous and branch, as if nothing had been rounded."""
-    a, b, c = (None if k == 0 else grad if k == 1 else grad * k for k in coefficients)
+
+    def times(weight: Number) -> Tensor | None:
+        if isinstance(weight, Tensor):
+            return grad * weight
+        return None if weight == 0 else grad if weight == 1 else grad * weight
+
+    a, b, c = map(times, weights)
     return a, b, c if c is None else c.to(branch)
 
 
@@ -393,7 +487,7 @@ _tags = (torch.Tag.pt2_compliant_tag,)
 _library.define("encode(Tensor value, int fraction, int width) -> Tensor", tags=_tags)
 _library.define("decode(Tensor state, int fraction, int width) -> Tensor", tags=_tags)
 _library.define(
-    "step(Tensor current, Tensor previous, Tensor branch, float a, float b, float c, "
+    "step(Tensor current, Tensor previous, Tensor branch, Tensor? draw, float a, float b, float c, "
     "int fraction, int width, str where) -> Tensor",
     tags=_tags,
 )
@@ -420,29 +514,26 @@ def _decode(state: Tensor, fraction: int, width: int) -> Tensor:
 
 
 @torch.library.impl(_library, "step", "CompositeExplicitAutograd")
-def _step(
-    current: Tensor,
-    previous: Tensor,
-    branch: Tensor,
-    a: float,
-    b: float,
-    c: float,
-    fraction: int,
-    width: int,
-    where: str,
-) -> Tensor:
-    coupling = FixedCoupling(a, b, c, point=_given(fraction, width))
-    change, largest = coupling.change(current, branch)
-    whole = previous.view(CARRIED[current.dtype])
-    if b == 0:
-        following = change
-    else:
-        kept = whole >> coupling.shift
-        following = change - kept if b < 0 else change + kept
+def _step(current: Tensor, previous: Tensor, branch: Tensor, draw: Any, *others: Any) -> Tensor:
+    coupling = FixedCoupling.read((current, previous, branch, draw, *others))
+    change, largest = coupling.change(current, branch, draw)
+    following = change
+    if coupling.b != 0:
+        whole = previous.view(CARRIED[current.dtype]) >> coupling.shift
+        following = change + signed(whole, coupling.sign(draw))
     if not is_fake(following):
-        check(float(largest), coupling.point, current.dtype, where)
-        check(float(size(following, current.dtype)), coupling.point, current.dtype, where)
+        check(float(largest), coupling.point, current.dtype, coupling.where)
+        check(float(size(following, current.dtype)), coupling.point, current.dtype, coupling.where)
     return following.view(current.dtype)
+
+
+def _coupling(
+    drawn: bool, a: float, b: float, c: float, point: FixedPoint, where: str
+) -> FixedCoupling:
+    """Of the numbers that the operator of a step has; a drawn one has its skip, gamma and 1."""
+    if drawn:
+        return FixedDrawn(a, a * b, c, 1, point, where, gamma=b, skip=a)
+    return FixedCoupling(a, b, c, 1, point, where)
 
 
 def _carrier(value: Tensor, width: int) -> torch.dtype:
@@ -451,11 +542,12 @@ def _carrier(value: Tensor, width: int) -> torch.dtype:
 
 
 def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.branch, ctx.coefficients = inputs[2].dtype, inputs[3:6]
+    coupling = FixedCoupling.read(inputs)
+    ctx.branch, ctx.weights = inputs[2].dtype, coupling.weights(inputs[3])
 
 
 def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*straight(grad, ctx.coefficients, ctx.branch), *(None,) * 6)
+    return (*straight(grad, ctx.weights, ctx.branch), *(None,) * 7)
 
 
 def _encode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from .piecewise import Account
+from .piecewise import Account, merged_plan
 from .plan import Chain, Plan, Refusal, Residual
 from .tables import Table, to_html, to_rich
 from .text import MISSES_SHOWN, short, shorten, span
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from torch import nn
+
+    from .capture import Captured
 
 
 CHAIN_COLUMNS = ("chain>", "residuals>", "modules", "kind", "source", "code")
@@ -69,6 +72,9 @@ class Explanation:
         if self.plan.chains:
             rows = [row for item in enumerate(self.plan.chains) for row in chain_rows(*item)]
             yield Table("Rewired", CHAIN_COLUMNS, tuple(rows))
+        if any(chain.notes for chain in self.plan.chains):
+            rows = [(str(i), note) for i, c in enumerate(self.plan.chains) for note in c.notes]
+            yield Table("What the coupling means", ("chain>", "note"), tuple(rows))
         if self.plan.refusals:
             rows = list(grouped(self.plan.refusals))
             yield Table("Refused, and left exactly as they were", REFUSAL_COLUMNS, tuple(rows))
@@ -114,6 +120,25 @@ class Explanation:
         return to_html(self.headline, self.tables())
 
 
+def explanation(
+    model: nn.Module, plan: Plan, captured: Captured, account: Account | None = None
+) -> Explanation:
+    """What is done with a captured model; the account says what was tried with its parts."""
+    name, account = type(model).__name__, account or Account()
+    plan = Plan.merged([plan, *account.refused])
+    shapes = captured.inputs.shapes
+    return Explanation(
+        name, plan, captured.leaves, captured.route, captured.failures, account,
+        shapes[0].in_words() if shapes else {},
+    )  # fmt: skip
+
+
+def explanation_of_pieces(name: str, module: nn.Module, account: Account) -> Explanation:
+    """What is done with a model of which submodules were rewired by themselves."""
+    plan = Plan.merged([merged_plan(module), *account.refused])
+    return Explanation(name, plan, {}, account.route, account.failures, account)
+
+
 def chain_rows(index: int, chain: Chain) -> Iterator[tuple[str, ...]]:
     """One row per distinct source line and kind, in the order they first run."""
     groups: dict[tuple[str, str, str], list[Residual]] = {}
@@ -150,5 +175,6 @@ def chain_dict(chain: Chain) -> dict[str, Any]:
         "residuals": residuals,
         "links": [list(link) for link in chain.links],
         "taps": list(chain.taps),
+        "notes": list(chain.notes),
         "weight": None if chain.weight is None else asdict(chain.weight),
     }

@@ -54,6 +54,7 @@ class ChainBytes:
         dtype: of the streams.
         branch: bytes that the largest branch alone saves; they come back, one branch at a time,
             in the backward of both checkpointing and reversing.
+        anchors: places in the chain where reversing keeps two states more.
     """
 
     number: int
@@ -64,6 +65,7 @@ class ChainBytes:
     state: int
     dtype: str
     branch: int
+    anchors: int = 0
 
     @property
     def pays(self) -> bool:

@@ -103,8 +103,8 @@ class DriftGuard:
         self._targets = [
             _Target(part, number, block)
             for part in self._parts
-            for number, chain in enumerate(part.plan.chains)
-            for block in range(1, len(chain))
+            for number, wiring in enumerate(part.wirings)
+            for block in range(1, len(wiring.blocks))
         ]
         self._calls: dict[int, int] = {}
         self._next, self._soon = 0, False
@@ -181,7 +181,8 @@ class DriftGuard:
         if abs(coupling.b) < 0.5:
             return (
                 f"its coupling divides by b = {coupling.b:g}, which multiplies errors",
-                "Use a coupling with |b| nearer to 1, or memory='store'.",
+                "Use a coupling with |b| nearer to 1, a smaller drift_tolerance, or "
+                "memory='store'.",
             )
         return (
             "its branch gives another result in the backward than in the forward, but the same "

@@ -6,7 +6,8 @@ tells a stream from any other tensor. These operators stand for the places that 
 
     read   = fork(p_i)                                     what branch i sees of its stream
     p_next = couple(p_i, p_prev, read, F_i(read), a, b, c) one step of the coupling; with
-                                                           ``reversible=False`` states are stored
+                                                           ``reversible=False`` states are stored,
+                                                           ``tolerance`` says how often anyway
     after  = link(p_i, permute(p_i))                       a shape-only operation on a stream
 
 They carry all the pass needs to know as arguments, so a graph with marks can be cached by its text.
@@ -15,19 +16,20 @@ Running them gives the same values as the arithmetic they stand for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .coupling import Coupling
+from .wiring import DRIFT_TOLERANCE
 
 # torch.library is not typed.
 _library: Any = torch.library.Library("re2fx", "DEF")  # type: ignore[no-untyped-call]
 _library.define("fork(Tensor stream) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "couple(Tensor current, Tensor previous, Tensor read, Tensor branch, "
-    "float a, float b, float c, bool reversible=True) -> Tensor",
+    "float a, float b, float c, bool reversible=True, float tolerance=1e-3) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("link(Tensor before, Tensor after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -55,6 +57,7 @@ def _couple(
     b: float,
     c: float,
     reversible: bool = True,
+    tolerance: float = DRIFT_TOLERANCE,
 ) -> Tensor:
     result: Tensor = Coupling(a, b, c).step(current, previous, branch)
     return result.clone() if any(result is x for x in (current, previous, branch)) else result
@@ -79,7 +82,7 @@ def _couple_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _couple_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = [None if k == 0 else grad if k == 1 else grad * k for k in ctx.coefficients]
-    return grads[0], grads[1], None, grads[2], None, None, None, None
+    return grads[0], grads[1], None, grads[2], None, None, None, None, None
 
 
 torch.library.register_fake("re2fx::fork", _fake_fork, lib=_library)
@@ -94,3 +97,21 @@ FORK = torch.ops.re2fx.fork.default
 COUPLE = torch.ops.re2fx.couple.default
 LINK = torch.ops.re2fx.link.default
 MARKS = (FORK, COUPLE, LINK)
+
+
+class Couple(NamedTuple):
+    """The arguments of a ``couple`` mark."""
+
+    current: Any
+    previous: Any
+    read: Any
+    branch: Any
+    coupling: Coupling
+    reversible: bool = True
+    tolerance: float = DRIFT_TOLERANCE
+
+
+def read_couple(node: Any) -> Couple:
+    """What a ``couple`` mark says; tracing leaves arguments away that have their default."""
+    current, previous, read, branch, a, b, c, *rest = node.args
+    return Couple(current, previous, read, branch, Coupling(a, b, c), *rest)

@@ -25,6 +25,7 @@ from .rewired import Rewired as Rewired
 from .tracing import holds, refuse_guard, register, traced_for_re2fx
 from .variants import Executors as Executors
 from .variants import Recipe, Variant, capture_again
+from .wiring import Wiring
 
 Memory = Literal["reversible", "store"]
 MEMORIES: tuple[str, ...] = get_args(Memory)
@@ -134,7 +135,12 @@ class RewiredModule(GraphModule):
     @property
     def plan(self) -> Plan:
         """What was rewired and what was refused, for the current mode."""
-        return self._variants[0].rewired[self.training].plan
+        return self._rewired[self.training].plan
+
+    @property
+    def wirings(self) -> tuple[Wiring, ...]:
+        """Where the chains lie in ``graph``, block by block, for the current mode."""
+        return self._rewired[self.training].wirings
 
     @property
     def history(self) -> History:

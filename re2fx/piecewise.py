@@ -120,8 +120,8 @@ class Numbering:
                 taken.append(f"{path}." if path else "")
                 self._first[id(piece._live)] = len(self.locations)
                 self.locations += tuple(
-                    tuple(residual.location for residual in chain.residuals)
-                    for chain in piece.plan.below(path).chains
+                    tuple(block.location.below(path) for block in wiring.blocks)
+                    for wiring in piece.wirings
                 )
 
     def __contains__(self, root: object) -> bool:

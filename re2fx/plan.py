@@ -105,12 +105,14 @@ class Chain:
         taps: names of stream values inside the chain that are used elsewhere too.
         weight: what it keeps, where that had a part in choosing it; another size of the inputs
             makes no other chain.
+        notes: what its coupling means for it, in words; written when it is rewired.
     """
 
     residuals: tuple[Residual, ...]
     links: tuple[tuple[str, ...], ...]
     taps: tuple[str, ...] = ()
     weight: Weight | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.residuals)

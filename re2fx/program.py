@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .coupling import Coupling
 from .exact import FixedCoupling, Kernels
 from .layout import Relayout
@@ -84,17 +86,24 @@ class Program:
     frees: tuple[tuple[int, ...], ...]
     slots: int
 
-    def recoupled(self, couplings: Sequence[Sequence[Coupling]]) -> Program:
-        """The same with other coefficients, per chain one for each block.
+    def recoupled(
+        self,
+        couplings: Sequence[Sequence[Coupling]],
+        anchored: Sequence[Sequence[frozenset[torch.dtype]]],
+    ) -> Program:
+        """The same with other coefficients and anchors, per chain one for each block.
 
         The frames are other ones too: what was run before is undone as it was done.
         """
-        following = [iter(own) for own in couplings]
+        following = [
+            zip(*own, strict=True) for own in zip(couplings, anchored, strict=True)
+        ]  # fmt: skip
 
         def step(given: Step) -> Step:
             if not isinstance(given, RunBlock):
                 return given
-            frame = replace(given.frame, coupling=next(following[given.chain]))
+            coupling, dtypes = next(following[given.chain])
+            frame = replace(given.frame, coupling=coupling, anchored=dtypes)
             return replace(given, frame=frame)
 
         return replace(self, steps=tuple(map(step, self.steps)))

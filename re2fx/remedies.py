@@ -48,8 +48,8 @@ def more_exact(evidence: Evidence, trial: Trial) -> str:
     if growth > 1 + 1e-6:
         return (
             f"Rounding grows up to {growth:.3g}-fold per block with coupling "
-            f"{trial.couplings[0]}: use a coupling with |b| nearer to 1, shorter chains "
-            "(leaves=[...]), or memory='store'."
+            f"{trial.couplings[0]}: use a coupling with |b| nearer to 1, a smaller "
+            "drift_tolerance, shorter chains (leaves=[...]), or memory='store'."
         )
     if evidence.precision.half:
         return (

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .api import Options, agree, capture_model, make_plan, rewire_plan, weigher
+from .api import Options, capture_model, make_plan, rewire_plan, weigher
 from .capture import Captured, Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
-from .conditioning import check_conditioning
+from .conditioning import anchored, check_conditioning
+from .consistency import agree
 from .coupling import Coupling, Readout
 from .couplings import Couplings
 from .errors import InputError, OptionError, Re2fxError
@@ -34,6 +35,7 @@ from .plan import Plan
 from .policy import Policy, Select
 from .tally import Place, mark_places
 from .text import count, render_misses
+from .wiring import DRIFT_TOLERANCE
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -54,6 +56,7 @@ def report(
     select: Select | None = None,
     min_chain: int = 2,
     min_saving: int | float | None = None,
+    drift_tolerance: float = DRIFT_TOLERANCE,
 ) -> Report:
     """Predict what training keeps for the backward, without running or allocating the model.
 
@@ -76,6 +79,7 @@ def report(
         select: as for `transform`.
         min_chain: as for `transform`.
         min_saving: as for `transform`.
+        drift_tolerance: as for `transform`.
 
     Returns:
         a `Report` in bytes. If nothing can be rewired it has the plain column and the reason.
@@ -89,7 +93,7 @@ def report(
     policy = Policy(select, min_chain, min_saving)
     if coupling is None:
         coupling = Coupling.re2tal()
-    options = Options(coupling, readout, activation, "reversible", policy, exact)
+    options = Options(coupling, readout, activation, "reversible", policy, exact, drift_tolerance)
     _check(model, example_inputs, measure)
     route = _route(model, example_inputs, options, leaves, capture)
     fakes = Fakes()
@@ -161,7 +165,7 @@ def _route(
             agree(type(model).__name__, plan, eval_plan)
             train = rewire_plan(flow, plan, options)
             check_conditioning(model, train.wirings)
-            rewired = (train, rewire_plan(eval_flow, eval_plan, options))
+            rewired = (train, rewire_plan(eval_flow, eval_plan, options, False))
         except Re2fxError as error:
             reason = str(error)
     return Route(plan, captured, flow.graph, regions, rewired, None, reason)
@@ -226,7 +230,16 @@ def _chain_row(number: int, route: Route, found: Found) -> ChainBytes:
         state=0 if state is None else state.nbytes,
         dtype="" if state is None else _name(state.dtype),
         branch=max(per_branch.values(), default=0),
+        anchors=_anchors(number, route, state),
     )
+
+
+def _anchors(number: int, route: Route, state: torch.Tensor | None) -> int:
+    """How often reversing keeps a pair of states in the middle of a chain."""
+    if route.rewired is None or state is None:
+        return 0
+    kept = anchored(route.rewired[0].wirings[number])
+    return sum(state.dtype.to_real() in dtypes for dtypes in kept)
 
 
 def _of_chain(column: Counter[Place] | None, number: int) -> int | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Graph
 
+from .conditioning import anchored
 from .coupling import Coupling, Readout
+from .couplings import effective
 from .exact import FixedPoint
 from .graph import freeze, thaw
 from .plan import Plan
-from .wiring import Wiring
+from .wiring import DRIFT_TOLERANCE, Wiring
 
 History = tuple[tuple[str, Graph], ...]
 
@@ -29,6 +33,8 @@ class Rewired:
         couplings: per chain how its streams combine.
         readout, activation: as it was rewired.
         point: the numbers of its streams, if they are fixed-point ones.
+        tolerance: relative error that a reconstructed state may have.
+        training: the mode.
     """
 
     graph: Graph
@@ -39,11 +45,21 @@ class Rewired:
     readout: Readout = "mean"
     activation: str = "branch"
     point: FixedPoint | None = None
+    tolerance: float = DRIFT_TOLERANCE
+    training: bool = True
 
-    @property
-    def swaps(self) -> bool:
-        """Whether another coupling changes nothing but the coefficients of the blocks."""
-        return self.readout == "mean"
+    def swaps(self, couplings: Sequence[Coupling]) -> bool:
+        """Whether other couplings change nothing but what the blocks compute and keep."""
+        plain = all(c.evaluations == 1 and not c.draws for c in (*self.couplings, *couplings))
+        return plain and self.readout != "sum"
+
+    def recoupled(
+        self, couplings: Sequence[Coupling]
+    ) -> tuple[list[list[Coupling]], list[tuple[frozenset[torch.dtype], ...]]]:
+        """Per chain what each block computes with other couplings, and where it keeps its pair."""
+        found = effective(self.plan, couplings, self.point)
+        own = zip(self.wirings, found, strict=True)
+        return found, [anchored(wiring.recoupled(blocks)) for wiring, blocks in own]
 
     @property
     def normalized(self) -> Graph:

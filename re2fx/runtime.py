@@ -6,12 +6,13 @@ two stream states are kept, detached::
 
     forward, block i     remember RNG, autocast, buffers;  under hooks  f = F_i(p_i)
                          p_{i+1} = a p_i + b p_{i-1} + c f
+                         at an anchor also keep (p_i, p_{i-1}), detached
 
 The first handle of block i that the backward asks for brings the block back::
 
     unpack in block i    walk to the pair (p_{i+1}, p_i), which block i+1 left behind;
                          run f = F_i(p_i) again, collecting what it saves;
-                         leave behind p_{i-1} = (p_{i+1} - a p_i - c f) / b
+                         leave behind p_{i-1} = (p_{i+1} - a p_i - c f) / b, or what is anchored
 
 One rerun serves both the inversion and the gradient. Because the graph is the ordinary one, hooks,
 shared weights, DDP, FSDP, partial and double backward work as they do without re2fx.
@@ -42,11 +43,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from .coupling import Coupling
 from .errors import ReplayError, StoredOnlyError, StreamError
 from .exact import Gauge
+from .kept import Anchor, recall, remember, tensors_of
 from .layout import Relayout, restrided
 from .replay import Ambient, Lookup
 
@@ -63,12 +64,14 @@ class Reverse:
         coupling: the effective coefficients.
         lookup: finds the parameters and buffers the branch uses.
         name: the source line of the residual, for messages.
+        anchored: dtypes of streams for which the pair in front of the block is kept.
     """
 
     branch: Function
     coupling: Coupling
     lookup: Lookup
     name: str
+    anchored: frozenset[torch.dtype] = frozenset()
 
 
 Frame = Reverse | Relayout
@@ -108,6 +111,8 @@ class Record:
     lost: torch.Tensor | None = None
     recorded: bool = True
     shapes: list[torch.Size] = field(default_factory=list)
+    anchor: Anchor | None = None
+    draw: torch.Tensor | None = None
 
 
 @dataclass
@@ -175,9 +180,11 @@ class ChainCall:
         """Run one block and return ``p_{i+1}``."""
         current, previous = self.streams
         index = len(self.records)
-        record = Record(frame, _remember(sides), None, current.requires_grad, current.stride())
+        record = Record(frame, remember(sides), None, current.requires_grad, current.stride())
         record.recorded = torch.is_grad_enabled()
         record.ambient = Ambient(self.root, frame.lookup, current.device)
+        if index and current.dtype.to_real() in frame.anchored:
+            record.anchor = Anchor.of(current, previous)
         self.records.append(record)
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -189,8 +196,9 @@ class ChainCall:
         with saved_tensors_hooks(pack, _unpack), record.ambient.observers.noted(record.saved):
             branch = frame.branch(self.root, current, *sides)
         record.ambient.settle(self.root)
+        record.draw = frame.coupling.draw(current)
         following, record.lost = frame.coupling.advance(
-            current, previous, branch, self._gauge, frame.name
+            current, previous, branch, record.draw, self._gauge, frame.name
         )
         assert isinstance(following, torch.Tensor)
         if following.shape != current.shape or following.dtype != current.dtype:
@@ -224,9 +232,11 @@ class ChainCall:
         """Every tensor the call keeps: streams, side inputs, generator states, buffer copies."""
         yield from self.states or ()
         for record in self.records:
-            for side in pytree.tree_leaves(record.sides):
-                if isinstance(side, _Side):
-                    yield side.tensor
+            yield from tensors_of(record.sides)
+            if record.anchor is not None:
+                yield from (record.anchor.current.tensor, record.anchor.previous.tensor)
+            if record.draw is not None:
+                yield record.draw
             if record.ambient is not None:
                 yield from record.ambient.generators.states if record.ambient.generators else ()
                 yield from record.ambient.earlier.values()
@@ -266,13 +276,14 @@ class ChainCall:
         return tensor
 
     def reconstruct(self) -> torch.Tensor:
-        """The chain's input, from its output alone.
+        """The chain's input, from its output alone, or from its first anchor.
 
         Returns:
             a detached tensor of the stream's shape and dtype, equal to the input up to rounding.
         """
         with self._lock, torch.no_grad():
             walk = self._start()
+            self._skip_to_anchor(walk, 0)
             while walk.front > 1:
                 self._step_back(walk, collect=False)
             assert walk.previous is not None, "only the first block has nothing before it"
@@ -346,9 +357,19 @@ class ChainCall:
             if walk.front == block:
                 self._rerun(walk, self.records[block], walk.current, collect=True)
                 return
+            self._skip_to_anchor(walk, block)
             while walk.front > block + 1:
                 self._step_back(walk, collect=False)
             self._step_back(walk, collect=True)
+
+    def _skip_to_anchor(self, walk: Walk, block: int) -> None:
+        """Go on from the nearest anchor behind a block, if that is nearer than where one is."""
+        for front in range(block + 1, walk.front):
+            anchor = self.records[front].anchor
+            if anchor is not None:
+                walk.front, walk.saved = front, {}
+                walk.current, walk.previous = anchor.pair(self._name(front))
+                return
 
     def _step_back(self, walk: Walk, collect: bool) -> None:
         """From the pair behind a record to the pair before it."""
@@ -364,10 +385,16 @@ class ChainCall:
         # Autograd runs later blocks first, so what they collected and nobody asked for can go.
         walk.saved = {}
         branch = self._rerun(walk, record, previous, collect)
+        if record.anchor is not None:
+            walk.current, walk.previous = record.anchor.pair(self._name(walk.front))
+            return
         first = walk.front == 0
         walk.current = previous
-        coupling = record.frame.coupling
-        walk.previous = None if first else coupling.retreat(current, previous, branch, record.lost)
+        if first:
+            walk.previous = None
+            return
+        retreat = record.frame.coupling.retreat
+        walk.previous = retreat(current, previous, branch, record.draw, record.lost)
 
     def _rerun(
         self, walk: Walk, record: Record, stream: torch.Tensor, collect: bool
@@ -376,7 +403,7 @@ class ChainCall:
         assert record.ambient is not None, "only links have no surroundings"
         name = self._name(walk.front)
         record.ambient.check_members(self.root, name)
-        sides = _recall(record.sides, name)
+        sides = recall(record.sides, name)
         frame = record.frame
         assert isinstance(frame, Reverse), "only blocks have a branch"
         # Recording gradients may choose another kernel, so an exact rerun records as the first did.
@@ -387,7 +414,7 @@ class ChainCall:
                 result: torch.Tensor = frame.branch(self.root, stream, *sides)
                 return result
         collected: dict[int, tuple[torch.Tensor, int]] = {}
-        stop = walk.front == 0 and not walk.whole
+        stop = (walk.front == 0 or record.anchor is not None) and not walk.whole
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, nn.Parameter):
@@ -405,7 +432,7 @@ class ChainCall:
         ):
             try:
                 branch: torch.Tensor = frame.branch(self.root, stream, *sides)
-            except _Enough:  # nothing lies before the first block: its result is not needed
+            except _Enough:  # what lies before the block needs no result: nothing, or an anchor
                 branch = stream
         _compare(record, collected, name)
         walk.saved = {walk.front: collected}
@@ -414,43 +441,6 @@ class ChainCall:
     def _name(self, index: int) -> str:
         frame = self.records[index].frame
         return frame.name if isinstance(frame, Reverse) else "a shape-only link"
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A tensor among the side inputs as a frame keeps it: detached, and not to be changed."""
-
-    tensor: torch.Tensor
-    needs_grad: bool
-    version: int
-
-    @classmethod
-    def of(cls, value: Any) -> Any:
-        """Wrap tensors, pass everything else."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        return cls(value.detach(), value.requires_grad, value._version)
-
-
-def _remember(sides: Sequence[Any]) -> list[Any]:
-    """Side inputs, tensors in any nesting of containers wrapped."""
-    return [pytree.tree_map(_Side.of, side) for side in sides]
-
-
-def _recall(sides: list[Any], name: str) -> list[Any]:
-    """Side inputs for a rerun."""
-
-    def value(side: Any) -> Any:
-        if not isinstance(side, _Side):
-            return side
-        if side.tensor._version != side.version:
-            raise ReplayError(
-                f"{name}: a side input of {tuple(side.tensor.shape)} was changed in place between "
-                "the forward and the backward, so the branch cannot be run again"
-            )
-        return side.tensor.detach().requires_grad_(side.needs_grad)
-
-    return [pytree.tree_map(value, side) for side in sides]
 
 
 def _check_transforms() -> None:

@@ -143,7 +143,14 @@ class Schedule:
                 f"waypoints at {steps}: expected whole numbers of steps that rise, the first 0"
             )
         chains = merged_plan(self.rev).chains
-        return [(step, resolve(checked(coupling), chains)) for step, coupling in waypoints]
+        read = [(step, resolve(checked(coupling), chains)) for step, coupling in waypoints]
+        for coupling in (coupling for _, couplings in read for coupling in couplings):
+            if coupling.evaluations > 1 or coupling.draws:
+                raise OptionError(
+                    f"coupling {coupling}: a schedule moves a, b and c; Coupling.double() and "
+                    "Coupling.bdia() are not among those between which it can"
+                )
+        return read
 
     def _check(self) -> None:
         """Look at the couplings on the way before anything is trained with them."""
@@ -218,7 +225,8 @@ class Schedule:
 def between(before: Coupling, after: Coupling, share: float) -> Coupling:
     """So far from one coupling to another."""
     pairs = ((before.a, after.a), (before.b, after.b), (before.c, after.c))
-    return Coupling(*(p + (q - p) * share for p, q in pairs))
+    a, b, c = (p + (q - p) * share for p, q in pairs)
+    return Coupling(a, b, c)
 
 
 def whole(value: object, least: int) -> bool:

@@ -47,6 +47,7 @@ def render_chain(index: int, chain: Chain) -> list[str]:
         lines.append(f"    side inputs: {shorten(sides)}")
     if chain.taps:
         lines.append(f"    read in the middle of the chain: {shorten(chain.taps)}")
+    lines += [f"    {note}" for note in chain.notes]
     if chain.weight is not None:
         kept, stored = amount(chain.weight.reversible), amount(chain.weight.stored)
         lines.append(f"    keeps {kept} for the backward instead of {stored}")

@@ -133,7 +133,8 @@ class Watched(ChainCall):
         try:
             branch = self.rerun(step.place, step.current)
             self._trial.branch_dtypes.add(branch.dtype)
-            again = step.coupling.step(step.current, step.previous, branch)
+            draw = self.records[step.place].draw
+            again = step.coupling.step(step.current, step.previous, branch, draw)
             if same(again, step.following):
                 return Repeat(block)
             difference = step.coupling.decode(again) - step.coupling.decode(step.following)
@@ -183,7 +184,8 @@ class Pinned(ChainCall):
         state = restrided(next(self._inputs), current.stride())
         with ambient.restored(record=True):
             branch = frame.branch(self.root, at(state, current), *sides)
-        following: torch.Tensor = frame.coupling.step(current, previous, at(value, branch))
+        draw = frame.coupling.draw(current)
+        following: torch.Tensor = frame.coupling.step(current, previous, at(value, branch), draw)
         self._streams = (following, current)
         return following
 

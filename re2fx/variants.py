@@ -22,7 +22,7 @@ from torch import nn
 from torch.fx import Graph
 
 from .codegen import compile_graph
-from .couplings import PerChain, effective
+from .couplings import PerChain
 from .errors import CaptureError, InputError, ModeMismatchError, Re2fxWarning, UncapturedError
 from .graph import lookup
 from .inputs import Call, InputSpec
@@ -198,11 +198,9 @@ class Variant:
     def recouple(self, couplings: PerChain) -> None:
         """Want other couplings: the programs have them at once, all else when it is needed."""
         programs = {
-            mode: program.recoupled(
-                effective(self.rewired[mode].plan, couplings, self.rewired[mode].point)
-            )
+            mode: program.recoupled(*self.rewired[mode].recoupled(couplings))
             for mode, program in self.programs.items()
-            if self.rewired[mode].swaps
+            if self.rewired[mode].swaps(couplings)
         }
         self.forget()
         self.programs.update(programs)

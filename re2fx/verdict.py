@@ -51,7 +51,8 @@ def sentences(report: Report) -> list[str]:
     if report.reason:
         lines.append(f"Nothing can be reversed: {report.reason}")
     if report.chains and report.total.checkpoint is not None:
-        lines += [_advice(report), *_floor(report), *_poor_chains(report), _backward(report)]
+        lines += [_advice(report), *_floor(report), *_poor_chains(report)]
+        lines += [*_anchors(report), _backward(report)]
     if report.refused:
         rules = ", ".join(f"{number} x {rule}" for rule, number in report.refused)
         lines.append(f"Skip-adds left as they are: {rules}.")
@@ -103,6 +104,16 @@ def _poor_chains(report: Report) -> list[str]:
         f"keeps {size(chain.kept.reversible)} there, checkpointing {size(chain.kept.checkpoint)}."
         for chain in report.chains
         if chain.kept.reversible is not None and not chain.pays
+    ]
+
+
+def _anchors(report: Report) -> list[str]:
+    """What the coupling's conditioning costs."""
+    return [
+        f"Chain {chain.number} keeps a pair of states at {count(chain.anchors, 'anchor')}, "
+        f"{size(2 * chain.anchors * chain.state)} of it, because its coupling amplifies rounding."
+        for chain in report.chains
+        if chain.anchors
     ]
 
 

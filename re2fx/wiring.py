@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from .coupling import Coupling
 from .plan import Location
 
+# Relative error that a reconstructed state may have unless something else is said.
+DRIFT_TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Block:
@@ -53,24 +56,18 @@ class Wiring:
         entry: name of its input.
         steps: blocks and links in order.
         before: name of the state before its input, if the chain goes on from another graph.
+        tolerance: relative error that a reconstructed state may have; see `re2fx.conditioning`.
     """
 
     entry: str
     steps: tuple[Block | Link, ...]
     before: str | None = None
+    tolerance: float = DRIFT_TOLERANCE
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The residuals, links left out."""
         return tuple(step for step in self.steps if isinstance(step, Block))
-
-    @property
-    def growth(self) -> float:
-        """By how much the inverse of the whole chain amplifies a rounding error, at the most."""
-        total = 1.0
-        for block in self.blocks:
-            total *= max(1.0, block.coupling.growth)
-        return total
 
     def recoupled(self, couplings: Sequence[Coupling]) -> Wiring:
         """The same chain with other coefficients, one per block.

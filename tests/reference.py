@@ -43,18 +43,21 @@ def combine(*terms: tuple[float, Tensor]) -> Tensor:
     return total
 
 
-def run_chain(x: Tensor, steps: Iterable[Step], coupling: Triple, readout: str) -> list[Tensor]:
-    """p_{i+1} = a p_i + b p_{i-1} + c F_i(p_i); the readout behind every step."""
+def run_chain(
+    x: Tensor, steps: Iterable[Step], coupling: Triple, readout: str, times: int = 1
+) -> list[Tensor]:
+    """p_{i+1} = a p_i + b p_{i-1} + c F_i(p_i), as often in turn; the readout behind every step."""
     p = q = start = x
     share_p = share_q = share = 1.0  # of the chain's input, in p, in q and in the original stream
     seen = []
     for step in steps:
         p, q, start = step.link(p), step.link(q), step.link(start)
         a, b, c = coupling[0] * step.skip, coupling[1] * step.skip, coupling[2]
-        p, q = combine((a, p), (b, q), (c, step.f(p))), p
+        for _ in range(times):
+            p, q = combine((a, p), (b, q), (c, step.f(p))), p
         share_p, share_q, share = a * share_p + b * share_q, share_p, share * step.skip
         both = combine((1.0, p), (1.0, q), (-(share_p + share_q - share), start))
-        seen.append((p + q) * 0.5 if readout == "mean" else both)
+        seen.append({"mean": (p + q) * 0.5, "sum": both, "last": p}[readout])
     return seen
 
 
@@ -70,6 +73,7 @@ class Rewiring:
     coupling: Triple
     readout: str = "mean"
     activation: str = "branch"
+    times: int = 1
 
     def stage(self, x: Tensor, residuals: Sequence[Residual], sides: Sides) -> list[Tensor]:
         """The value behind each residual of a stage."""
@@ -90,7 +94,7 @@ class Rewiring:
             around = (before, same) if self.activation == "stream" else (same, behind)
             f = partial(branch, r, sides, r.scale * half, *around)
             steps.append(Step(f, r.skip * half, r.link))
-        seen = run_chain(x, steps, self.coupling, self.readout)
+        seen = run_chain(x, steps, self.coupling, self.readout, self.times)
         if self.activation == "stream":
             seen = [after(value) for after, value in zip(activations, seen, strict=True)]
         return seen if ends[-1] else [*seen[:-1], residuals[-1].after(seen[-1])]

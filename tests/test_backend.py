@@ -232,7 +232,7 @@ def test_a_mode_is_for_inductor_only(compiler: str) -> None:
 
 
 def test_an_ill_conditioned_coupling_is_refused() -> None:
-    options = {**EAGER, "coupling": re2fx.Coupling.consistent(0.05)}
+    options = {**EAGER, "coupling": re2fx.Coupling.consistent(0.001)}
     fails(re2fx.ConditioningError, lambda: compiled(Net(12), options)(torch.randn(5, 4)))
     stored = compiled(Net(12), {**options, "memory": "store"})
     assert stored(torch.randn(5, 4)).shape == (5, 3)
@@ -464,6 +464,7 @@ def test_saved_bytes_without_random_operators_do_not_depend_on_depth() -> None:
 REWIRINGS: dict[str, Options] = {
     "coupling": {"coupling": re2fx.Coupling.consistent(0.75)},
     "readout": {"readout": "sum"},
+    "last": {"readout": "last"},
     "both": {"coupling": re2fx.Coupling.dr2net(0.3, 0.7), "readout": "sum"},
     "activation": {"activation": "stream"},
     "original": {"coupling": re2fx.Coupling.original(), "memory": "store"},

@@ -145,7 +145,7 @@ LINKS: dict[str, tuple[Any, int]] = {
 }
 
 
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 @pytest.mark.parametrize("name", LINKS)
 def test_shape_only_operations_link(name: str, readout: Any) -> None:
     link, number = LINKS[name]

@@ -130,6 +130,7 @@ def test_readouts_by_hand() -> None:
     assert float(read("mean", p, q, start, weights)) == 6
     assert float(read("sum", p, q, start, weights)) == 7 + 5 - 2
     assert float(read("sum", p, q, start, (1.0, 0.0, 1.0))) == 7 + 5
+    assert float(read("last", p, q, start, weights)) == 7
 
 
 def test_sum_readout_keeps_the_whole_update() -> None:

@@ -29,6 +29,7 @@ COUPLINGS = {
     "8 bits": C.consistent(2.0**-8),
     "negative": C.momentum(0.5),
     "free a and c": C(0.3, -0.25, -1.3),
+    "double": C.double(),
 }
 
 
@@ -67,6 +68,24 @@ def test_gradients_are_those_of_stored_execution(coupling: str, model: str) -> N
     network, inputs = made(model)
     rev = rewired(network, coupling=COUPLINGS[coupling])
     assert_equal(step(rev, "reversible", *inputs), step(rev, "store", *inputs))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.25, -0.5])
+@pytest.mark.parametrize("model", MODELS)
+def test_drawn_signs(model: str, gamma: float) -> None:
+    """BDIA: one bit per element and block for 1/2; the given network in eval mode."""
+    network, inputs = made(model)
+    rev = rewired(network, coupling=C.bdia(gamma), readout="last")
+    got = step(rev, "reversible", *inputs)
+    assert_equal(got, step(rev, "store", *inputs))
+    floating: Any = re2fx.transform(network, coupling=C.bdia(gamma), readout="last", memory="store")
+    near = step(floating, "store", *inputs)
+    torch.testing.assert_close(got.outputs[0], near.outputs[0], rtol=1e-3, atol=1e-3)
+    network.eval()
+    with torch.no_grad():
+        for value, given in zip(rev(*inputs), network(*inputs), strict=True):
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(value, given, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -249,7 +268,7 @@ def test_figures_that_wait_for_the_end_of_the_chain(monkeypatch: pytest.MonkeyPa
     state = ENCODE(torch.full((4,), 9000.0), -1, 0)
     branch = torch.full((4,), 9000.0)
     for number in range(3):
-        state, _ = coupling.advance(state, state, branch, gauge, f"block {number}")
+        state, _ = coupling.advance(state, state, branch, None, gauge, f"block {number}")
     with pytest.raises(re2fx.RangeError, match=r"block 0: a value of 1.8e\+04 does not fit"):
         gauge.settle()
     gauge.settle()
@@ -296,7 +315,7 @@ class Stored(ChainCall):
     def block(self, frame: Reverse, sides: Any) -> Tensor:
         current, previous = self.streams
         branch = frame.branch(self.root, current, *sides)
-        following, _ = frame.coupling.advance(current, previous, branch, Gauge(), frame.name)
+        following, _ = frame.coupling.advance(current, previous, branch, None, Gauge(), frame.name)
         self._streams = (following, current)
         assert isinstance(following, Tensor)
         return following

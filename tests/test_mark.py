@@ -250,14 +250,14 @@ def steps_of(step: Any, named: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=str)
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_couplings_and_readouts(coupling: Coupling, readout: str) -> None:
     rev = rewired(Net(dropout=0.3), coupling=coupling, readout=readout)
     assert_marks_change_nothing(rev, normal(5, 4))
 
 
 @pytest.mark.parametrize("activation", ["branch", "stream"])
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_activations_batch_norm_and_dropout(activation: str, readout: str) -> None:
     rev = rewired(ConvNet(dropout=0.3), activation=activation, readout=readout)
     assert_marks_change_nothing(rev, normal(4, 3, 6, 6))
@@ -269,7 +269,7 @@ def test_sides_and_taps() -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_wirings(wire: Callable[[Wired, Tensor], Any], readout: str) -> None:
     rev = rewired(Wired(wire), coupling=Coupling.consistent(0.5), readout=readout)
     assert len(rev.plan.chains) == {"two_chains_from_one_value": 2, "three_in_sequence": 3}.get(
@@ -307,10 +307,10 @@ def test_one_mark_per_place() -> None:
     assert [targets.count(target) for target in (FORK, COUPLE, LINK)] == [8, 8, 14]
     for node in graph.nodes:
         if node.target is COUPLE:
-            current, _, read, _, a, b, c, reversible = node.args
+            current, _, read, _, a, b, c, reversible, tolerance = node.args
             assert read.target is FORK
             assert read.args == (current,)
-            assert (a, b, c, reversible) == (0.0, 1.0, 1.0, True)
+            assert (a, b, c, reversible, tolerance) == (0.0, 1.0, 1.0, True, 1e-3)
 
 
 def test_marks_keep_the_place_in_the_code() -> None:

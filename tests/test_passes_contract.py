@@ -112,7 +112,7 @@ def run_module(network: nn.Module, *inputs: Tensor) -> Any:
 @settings(COMMON, max_examples=25)
 @given(
     data=st.data(),
-    readout=st.sampled_from(("mean", "sum")),
+    readout=st.sampled_from(("mean", "sum", "last")),
     activation=st.sampled_from(("branch", "stream")),
 )
 def test_contract(rank: int, data: st.DataObject, readout: str, activation: str) -> None:

@@ -110,6 +110,7 @@ def plain(net: Wired, x: Tensor) -> Tensor:
 FAMILY = [
     *((coupling, "mean") for coupling in COUPLINGS[::2]),
     *((coupling, "sum") for coupling in COUPLINGS),
+    (COUPLINGS[0], "last"),
 ]
 
 
@@ -121,7 +122,9 @@ def test_couplings_and_readouts(coupling: Coupling, readout: str) -> None:
     assert watched.counts()["stream"] == 2
 
 
-@pytest.mark.parametrize(("activation", "readout"), [("branch", "mean"), ("stream", "sum")])
+@pytest.mark.parametrize(
+    ("activation", "readout"), [("branch", "mean"), ("stream", "sum"), ("branch", "last")]
+)
 def test_batch_norm_activations_and_dropout(activation: str, readout: str) -> None:
     """Buffers are updated once, masks are the same."""
     rev = rewired(ConvNet(dropout=0.3), activation=activation, readout=readout)
@@ -917,7 +920,7 @@ def dropping(branch: Branch) -> Callable[..., Tensor]:
     data=st.data(),
     rank=st.sampled_from((2, 3, 4)),
     coupling=couplings(),
-    readout=st.sampled_from(("mean", "sum")),
+    readout=st.sampled_from(("mean", "sum", "last")),
     training=st.booleans(),
 )
 def test_random_programs(

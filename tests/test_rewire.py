@@ -74,7 +74,9 @@ def check(program: Program, coupling: Coupling, readout: Readout, activation: st
     network, x, cond = build(program)
     with torch.no_grad():
         before, members = network(x.clone(), cond), state(network)
-        rewiring = Rewiring((coupling.a, coupling.b, coupling.c), readout, activation)
+        rewiring = Rewiring(
+            (coupling.a, coupling.b, coupling.c), readout, activation, coupling.evaluations
+        )
         wanted = expected(network, rewiring, x, cond)
         try:
             rev = re2fx.transform(
@@ -107,7 +109,7 @@ EVERY_SPELLING = [
 
 
 @pytest.mark.parametrize("coupling", [Coupling.re2tal(), Coupling.consistent(0.5)], ids=str)
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 @pytest.mark.parametrize("block", EVERY_SPELLING, ids=label)
 def test_one_thing_at_a_time(block: Block, readout: Readout, coupling: Coupling) -> None:
     """Small programs that name what is wrong where random ones mix everything."""
@@ -151,7 +153,7 @@ def test_vision_transformer() -> None:
 
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @settings(COMMON, max_examples=70)
-@given(data=st.data(), coupling=couplings(), readout=st.sampled_from(("mean", "sum")))
+@given(data=st.data(), coupling=couplings(), readout=st.sampled_from(("mean", "sum", "last")))
 def test_random_programs(
     rank: int, data: st.DataObject, coupling: Coupling, readout: Readout
 ) -> None:
@@ -160,7 +162,7 @@ def test_random_programs(
 
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @settings(COMMON, max_examples=30)
-@given(data=st.data(), coupling=couplings(), readout=st.sampled_from(("mean", "sum")))
+@given(data=st.data(), coupling=couplings(), readout=st.sampled_from(("mean", "sum", "last")))
 def test_random_programs_with_activations_on_the_stream(
     rank: int, data: st.DataObject, coupling: Coupling, readout: Readout
 ) -> None:

@@ -37,7 +37,7 @@ IMAGE = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtyp
     ],
     ids=str,
 )
-@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("readout", ["mean", "sum", "last"])
 def test_couplings(coupling: re2fx.Coupling, readout: str) -> None:
     rev = rewired(Net(dropout=0.3), coupling=coupling, readout=readout)
     assert_reversible_equals_store(rev, X)
@@ -48,6 +48,25 @@ def test_batch_norm_in_place_activations_and_dropout(activation: str) -> None:
     rev = rewired(ConvNet(dropout=0.3), activation=activation)
     assert len(rev.plan.chains[0]) == 3
     assert_reversible_equals_store(rev, IMAGE)
+
+
+def test_the_newer_stream_as_the_readout_may_be_written_to() -> None:
+    """Were the readout the stream itself, the walk would begin at what the ReLU left of it."""
+
+    class Written(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks(self.stem(x))
+            out: Tensor = self.head(torch.relu_(x))
+            return out
+
+    assert_reversible_equals_store(rewired(Written(), readout="last"), X)
+
+
+def test_taps_read_the_newer_stream_alone() -> None:
+    x, context = torch.randn(2, 3, 8, dtype=torch.float64)
+    rev = rewired(Tapped(), readout="last")
+    assert_reversible_equals_store(rev, x, context)
+    assert_reversible_equals_store(rev, x, context, loss=lambda out: weighted(out[1]))
 
 
 def test_batch_norm_counts_once() -> None:

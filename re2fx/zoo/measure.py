@@ -23,9 +23,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..api import Options, agree, counter, make_plan, rewire_plan, take, weigher
+from ..api import Options, counter, make_plan, rewire_plan, take, weigher
 from ..capture import Captured
 from ..columns import Route, Run, predict_stored
+from ..consistency import agree
 from ..coupling import Coupling
 from ..errors import CaptureError, Re2fxError
 from ..fake import Fakes, fake_twin

@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn, executor: Executor = "eager") -> Case:
     situation = draw(situations(compiled=executor == "compiled"))
     if situation.autocast:
         situation = replace(situation, dtype="float32")
-    readout = draw(st.sampled_from(("mean", "sum")))
+    readout = draw(st.sampled_from(("mean", "sum", "last")))
     case = Case(program, situation, draw(couplings()), readout, activation, executor)
     kinky = situation.reduced or situation.backward == "double"
     return replace(case, program=smooth(program)) if kinky else case

@@ -264,7 +264,7 @@ def test_nothing_to_rewire_if_strict(executor: str, name: str) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "memory": ({"memory": "none"}, re2fx.OptionError, "memory='none'.*'reversible', 'store'"),
-    "readout": ({"readout": "last"}, re2fx.OptionError, "readout='last'.*'mean', 'sum'"),
+    "readout": ({"readout": "first"}, re2fx.OptionError, "readout='first'.*'mean', 'sum', 'last'"),
     "coupling": ({"coupling": 1}, re2fx.OptionError, "expected a re2fx.Coupling"),
     "b = 0": ({"coupling": re2fx.Coupling(1, 0, 1)}, re2fx.OptionError, "b = 0 cannot be inverted"),
     "min_chain": ({"min_chain": 0}, re2fx.OptionError, "min_chain=0"),
