@@ -65,14 +65,24 @@ def quarter() -> re2fx.Coupling:
     return re2fx.Coupling.consistent(1 / 4)
 
 
+def towards_re2tal(rev: nn.Module, steps: int) -> re2fx.Schedule:
+    """From near the pretrained function to the coupling that costs nothing, by powers of two."""
+    return re2fx.Schedule(rev, quarter(), re2fx.Coupling.re2tal(), over=steps // 2, snap=True)
+
+
+EXACT = {"exact": True}
 ENTRIES = (
     Entry("original"),
     Entry("re2tal, mean", re2fx.Coupling.re2tal),
     Entry("re2tal, sum", re2fx.Coupling.re2tal, "sum"),
+    Entry("double, mean", re2fx.Coupling.double),
     Entry("dr2net(0.3, 0.7), mean", lambda: re2fx.Coupling.dr2net(0.3, 0.7)),
-    Entry("consistent(1/2), mean", lambda: re2fx.Coupling.consistent(1 / 2)),
-    Entry("consistent(1/4), mean", quarter),
-    Entry("consistent(1/8), mean", lambda: re2fx.Coupling.consistent(1 / 8)),
+    Entry("consistent(1/2), mean", lambda: re2fx.Coupling.consistent(1 / 2), "mean", EXACT),
+    Entry("consistent(1/4), mean", quarter, "mean", EXACT),
+    Entry("consistent(1/4), last", quarter, "last", EXACT),
+    Entry("consistent(1/8), last", lambda: re2fx.Coupling.consistent(1 / 8), "last", EXACT),
+    Entry("bdia, last", re2fx.Coupling.bdia, "last", EXACT),
+    Entry("consistent(1/4) to re2tal, mean", quarter, "mean", EXACT, towards_re2tal),
 )
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 

@@ -45,14 +45,20 @@ class Candidate:
         return f"{self.name} read by {self.readout}"
 
 
-# What `re2fx.calibrate` tries unless it is told otherwise.
+EXACT = {"exact": True}
+
+# What `re2fx.calibrate` tries unless it is told otherwise. `Coupling.bdia` is not among them: in
+# eval mode, in which outputs are compared, it is the given network, whatever it is in training.
 CANDIDATES = (
     Candidate("re2tal", Coupling.re2tal()),
     Candidate("re2tal", Coupling.re2tal(), "sum"),
+    Candidate("double", Coupling.double(), branches=2),
     Candidate("dr2net(0.3, 0.7)", Coupling.dr2net(0.3, 0.7)),
-    Candidate("consistent(1/2)", Coupling.consistent(1 / 2)),
-    Candidate("consistent(1/4)", Coupling.consistent(1 / 4)),
-    Candidate("consistent(1/8)", Coupling.consistent(1 / 8)),
+    Candidate("consistent(1/2)", Coupling.consistent(1 / 2), "mean", EXACT),
+    Candidate("consistent(1/2)", Coupling.consistent(1 / 2), "last", EXACT),
+    Candidate("consistent(1/4)", Coupling.consistent(1 / 4), "mean", EXACT),
+    Candidate("consistent(1/4)", Coupling.consistent(1 / 4), "last", EXACT),
+    Candidate("consistent(1/8)", Coupling.consistent(1 / 8), "last", EXACT),
 )
 
 

@@ -414,6 +414,23 @@ def test_double_backward() -> None:
             assert torch.equal(got, expected)
 
 
+def test_a_coupling_that_moves() -> None:
+    """By powers of two; another one changes nothing."""
+    network, (x,) = made("dropout")
+    rev = rewired(network, coupling=C.consistent(0.25))
+    schedule = re2fx.Schedule(rev, C.consistent(0.25), C.re2tal(), over=4, snap=True)
+    shifts = []
+    for _ in range(5):
+        assert_equal(step(rev, "reversible", x), step(rev, "store", x))
+        assert isinstance(rev.coupling, C)
+        shifts.append(abs(rev.coupling.b))
+        schedule.step()
+    assert shifts == [0.25, 0.5, 0.5, 1.0, 1.0]
+    with pytest.raises(re2fx.OptionError, match="no power of two"):
+        rev.coupling = C.consistent(0.3)
+    assert rev.coupling == C.re2tal()
+
+
 def test_without_gradients_and_in_eval_mode() -> None:
     network, (x,) = made("dropout")
     rev = rewired(network.eval(), coupling=C.consistent(0.25))
