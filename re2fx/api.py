@@ -63,6 +63,8 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.coupling, Coupling):
             raise OptionError(f"coupling={self.coupling!r}: expected a re2fx.Coupling")
+        if self.coupling.c == 0:
+            raise OptionError(f"coupling={self.coupling}: c = 0 leaves the branches out")
         for name, allowed in (
             ("readout", READOUTS),
             ("activation", ACTIVATIONS),
