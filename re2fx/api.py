@@ -16,7 +16,15 @@ from .choice import Weigh
 from .conditioning import annotated, check_tolerance
 from .consistency import agree
 from .coupling import READOUTS, Coupling, Readout
-from .couplings import Couplings, PerChain, check_drawn, checked, given, resolve
+from .couplings import (
+    Couplings,
+    PerChain,
+    check_branches,
+    check_drawn,
+    checked,
+    given,
+    resolve,
+)
 from .errors import (
     CaptureError,
     NoResidualError,
@@ -68,6 +76,7 @@ class Options:
     def __post_init__(self) -> None:
         check_tolerance(self.drift_tolerance)
         object.__setattr__(self, "coupling", checked(self.coupling))
+        check_branches(given(self.coupling))
         for name, allowed in (
             ("readout", READOUTS),
             ("activation", ACTIVATIONS),
@@ -402,6 +411,7 @@ def rewire_graph(
 def rewire_plan(flow: Flow, plan: Plan, options: Options, training: bool = True) -> Rewired:
     """Rewire what was planned; in eval mode a drawn coupling leaves the given network, stored."""
     couplings, point = resolve(options.coupling, plan.chains), options.point
+    check_branches(couplings)
     for coupling in couplings:
         coupling.check_readout(options.readout)
     drawn = check_drawn(couplings)

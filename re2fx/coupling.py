@@ -46,7 +46,7 @@ class Coupling:
     Attributes:
         a: weight of the current stream state ``p_i``.
         b: weight of the previous stream state ``p_{i-1}``; zero cannot be inverted.
-        c: weight of the branch's output; not zero.
+        c: weight of the branch's output.
         evaluations: steps per residual; its branch is run anew, with the same weights, in each.
     """
 
@@ -60,8 +60,6 @@ class Coupling:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise OptionError(f"coupling: {name} must be a finite number, not {value!r}")
-        if self.c == 0:
-            raise OptionError("coupling: c = 0 would leave the branches out of the network")
         if self.evaluations not in (1, 2):
             raise OptionError(f"coupling: evaluations must be 1 or 2, not {self.evaluations!r}")
 

@@ -75,6 +75,17 @@ def given(value: Couplings) -> PerChain:
     return tuple(value) if isinstance(value, Sequence) else ()
 
 
+def check_branches(couplings: Sequence[Coupling]) -> None:
+    """Refuse couplings in which the branches have no part.
+
+    Raises:
+        OptionError: names the coupling.
+    """
+    for coupling in couplings:
+        if coupling.c == 0:
+            raise OptionError(f"coupling={coupling}: c = 0 leaves the branches out")
+
+
 def check_drawn(couplings: Sequence[Coupling]) -> bool:
     """Whether couplings are drawn in the forward: those of all chains, or of none.
 
@@ -170,6 +181,7 @@ def change(parts: Mapping[str, RewiredModule], value: Couplings) -> None:
     value = checked(value)
     plans = [present(part).below(path) for path, part in parts.items()]
     couplings = resolve(value, [chain for plan in plans for chain in plan.chains])
+    check_branches(couplings)
     own: list[tuple[RewiredModule, PerChain]] = []
     for part, plan in zip(parts.values(), plans, strict=True):
         own.append((part, couplings[: len(plan.chains)]))

@@ -35,6 +35,7 @@ class Plain(nn.Module):
         ({"readout": "first"}, r"readout='first': expected one of 'mean', 'sum', 'last'"),
         ({"activation": "skip"}, r"activation='skip': expected one of 'branch', 'stream'"),
         ({"coupling": (0, 1, 1)}, r"coupling=\(0, 1, 1\): expected a re2fx.Coupling"),
+        ({"coupling": re2fx.Coupling.momentum(1.0)}, "c = 0 leaves the branches out"),
         ({"coupling": re2fx.Coupling(1, 0, 1)}, r"b = 0 cannot be inverted.*memory='store'"),
     ],
 )

@@ -163,8 +163,3 @@ def test_half_precision_streams_are_widened(dtype: torch.dtype) -> None:
     assert widen(torch.ones(2, dtype=dtype)).dtype == torch.float32
     for wide in (torch.ones(2), torch.ones(2, dtype=torch.float64)):
         assert widen(wide) is wide
-
-
-def test_a_coupling_without_branches_is_none() -> None:
-    with pytest.raises(OptionError, match="leave the branches out"):
-        Coupling(0, 1, 0)
