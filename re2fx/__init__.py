@@ -34,9 +34,9 @@ from .errors import (
     StreamError,
     VerificationError,
 )
-from .exact import FixedPoint
 from .explanation import Explanation
 from .findings import Finding, Verification
+from .fixed_point import FixedPoint
 from .footprint import ChainBytes, Kept, PartBytes, Report
 from .guard import Drift, DriftGuard
 from .module import RewiredModule

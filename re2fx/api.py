@@ -31,8 +31,9 @@ from .errors import (
     OptionError,
     Re2fxWarning,
 )
-from .exact import FixedPoint, fixed
+from .exact import fixed
 from .explanation import Explanation, explanation, explanation_of_pieces
+from .fixed_point import FixedPoint
 from .given import as_module
 from .graph import Flow, copy_graph, forget_examples, same_graph
 from .inputs import Call, InputSpec

@@ -30,8 +30,8 @@ from .couplings import Couplings, check_drawn, resolve
 from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit
 from .dynamo import Lifted, lift, lower
 from .errors import NoResidualError, OptionError, Re2fxWarning
-from .exact import FixedPoint, Kernels
 from .explanation import Explanation
+from .fixed_point import FixedPoint, Kernels
 from .graph import location
 from .inner import SCOPES, Inner
 from .module import Memory, Rewired, RewiredModule

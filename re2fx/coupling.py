@@ -195,6 +195,11 @@ class Coupling:
         """Whether a state comes back to the bit, if its branch is run again as it was."""
         return False
 
+    @property
+    def bits(self) -> int:
+        """How many bits of each element a step loses, and `advance` keeps."""
+        return 0
+
     def at(self, where: str) -> Coupling:
         """The same for a residual with a name."""
         return self

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from .conditioning import check_conditioning
 from .coupling import Coupling
 from .errors import OptionError
-from .exact import FixedPoint, fixed
+from .exact import fixed
+from .fixed_point import FixedPoint
 from .plan import Chain, Plan, Residual
 from .text import count
 

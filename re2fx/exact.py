@@ -22,125 +22,19 @@ to transformers for b = 1/2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bits import pack, unpack
 from .coupling import Coupling
 from .drawn import Drawn, signs
-from .errors import OptionError, RangeError
+from .errors import OptionError
+from .fixed_point import CARRIED, FixedPoint, Kernels, Number, check, is_fake, signed, size
+from .gauge import Gauge
 
-Function = Callable[..., Any]
-
-WIDTHS = (32, 64)
 MOST_BITS = 8
-CARRIED = {torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-@dataclass(frozen=True)
-class FixedPoint:
-    """How fine and how wide the numbers of a stream are.
-
-    Attributes:
-        fraction: bits behind the point; 16 in 32 bits and 32 in 64 bits by default, which makes
-            the largest number 16,384 and about a billion.
-        width: bits of a number, 32 or 64; by default 64 for streams in fp64 and 32 for all others.
-
-    Raises:
-        OptionError: a value is not possible.
-    """
-
-    fraction: int | None = None
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.width not in (None, *WIDTHS):
-            raise OptionError(f"exact: width={self.width!r}: expected 32 or 64 bits")
-        if self.fraction is None:
-            return
-        most = (self.width or 32) - 4
-        if not isinstance(self.fraction, int) or not 0 <= self.fraction <= most:
-            raise OptionError(
-                f"exact: fraction={self.fraction!r}: expected a whole number of bits from 0 to "
-                f"{most}"
-            )
-
-    @classmethod
-    def of(cls, exact: bool | FixedPoint) -> FixedPoint | None:
-        """What the argument ``exact`` says."""
-        if isinstance(exact, FixedPoint):
-            return exact
-        if not isinstance(exact, bool):
-            raise OptionError(
-                f"exact={exact!r}: expected True, False or a re2fx.FixedPoint(fraction, width)"
-            )
-        return cls() if exact else None
-
-    def bits(self, carrier: torch.dtype) -> int:
-        """Bits behind the point of the numbers that a dtype carries."""
-        return self.fraction if self.fraction is not None else carrier.itemsize * 4
-
-    def limit(self, carrier: torch.dtype) -> float:
-        """What a number, in units, must stay below: a sum of two then fits."""
-        return 2.0 ** (carrier.itemsize * 8 - 2)
-
-
-# The arithmetic on whole numbers.
-
-
-Number = float | Tensor  # one for all samples, or one each
-
-
-def change(
-    current: Tensor, branch: Tensor, dtype: torch.dtype, a: Number, c: Number
-) -> tuple[Tensor, Tensor]:
-    """``round(a p + c f)`` and the largest of its size."""
-    value = branch.to(dtype) * c
-    if isinstance(a, Tensor) or a != 0:
-        value = value + current.to(dtype) * a
-    largest = value.abs().amax() if value.numel() else value.new_zeros(())
-    return value.round().to(current.dtype), largest
-
-
-def combine(change: Tensor, previous: Tensor, shift: int, sign: Number) -> tuple[Tensor, Tensor]:
-    """The state behind, and the bits of the one before that are lost in it, packed."""
-    following = change + signed(previous >> shift if shift else previous, sign)
-    return following, pack(previous, shift) if shift else previous.new_empty(0)
-
-
-def separate(
-    following: Tensor, change: Tensor, lost: Tensor | None, shift: int, sign: Number
-) -> Tensor:
-    """The state before."""
-    kept = signed(following - change, sign)
-    return kept if lost is None else unpack(kept, lost, shift)
-
-
-def signed(whole: Tensor, sign: Number) -> Tensor:
-    """Whole numbers times 1 or -1."""
-    if isinstance(sign, Tensor):
-        return whole * sign.to(whole.dtype)
-    return whole if sign > 0 else -whole
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The arithmetic, as it is or compiled.
-
-    `change` is one function for both directions, so that both round alike however it is compiled.
-    """
-
-    change: Function = change
-    combine: Function = combine
-    separate: Function = separate
-
-    def compiled(self, wrap: Callable[[Function], Function]) -> Kernels:
-        """Each through a compiler."""
-        return Kernels(wrap(self.change), wrap(self.combine), wrap(self.separate))
 
 
 @dataclass(frozen=True)
@@ -154,7 +48,7 @@ class FixedCoupling(Coupling):
         kernels: what does the arithmetic.
     """
 
-    point: FixedPoint = FixedPoint()
+    point: FixedPoint = field(default_factory=FixedPoint)
     where: str = ""
     kernels: Kernels = field(default_factory=Kernels, repr=False, compare=False)
 
@@ -189,6 +83,11 @@ class FixedCoupling(Coupling):
     def shift(self) -> int:
         """The number of bits that an element loses in a step."""
         return round(-math.log2(abs(self.b)))
+
+    @property
+    def bits(self) -> int:
+        """How many bits of each element a step loses, and `advance` keeps."""
+        return self.shift
 
     @property
     def growth(self) -> float:
@@ -266,7 +165,7 @@ class FixedCoupling(Coupling):
 
     def change(self, current: Tensor, branch: Tensor, draw: Tensor | None) -> tuple[Tensor, Tensor]:
         """``round(a p_i + c F_i(p_i))`` in whole units, and the largest of its size."""
-        carried, scale = CARRIED[current.dtype], 2.0 ** self.point.bits(current.dtype)
+        carried, scale = CARRIED[current.dtype], 2.0 ** self.point.places(current.dtype)
         a, _, c = self.weights(draw)
         found: tuple[Tensor, Tensor] = self.kernels.change(
             current.view(carried), branch, current.dtype, a, c * scale
@@ -338,104 +237,6 @@ _REMEDY = (
 )
 
 
-class Gauge:
-    """Watches that the numbers of one chain stay in their range.
-
-    On the CPU each block is looked at when it has run: the largest change bounds the states, and
-    only if the bound reaches the limit is the state itself measured. Elsewhere that would wait for
-    the device once a block, so figures are gathered and looked at where the chain ends.
-    """
-
-    def __init__(self) -> None:
-        self._reach: tuple[float, float] | None = None
-        self._waiting: list[tuple[str, FixedPoint, torch.dtype, Tensor]] = []
-
-    def note(
-        self,
-        following: Tensor,
-        states: tuple[Tensor, Tensor],
-        largest: Tensor,
-        coupling: FixedCoupling,
-        where: str,
-    ) -> None:
-        """Look at one step.
-
-        Args:
-            following: the new state, in whole numbers.
-            states: the two before.
-            largest: of the sizes of the changes, in units.
-            coupling: of the step.
-            where: the residual.
-
-        Raises:
-            RangeError: a number is too large, or no number.
-        """
-        dtype = largest.dtype
-        if not immediate(following):
-            self._waiting.append((where, coupling.point, dtype, largest))
-            self._waiting.append((where, coupling.point, dtype, size(following, dtype)))
-            return
-        if self._reach is None:
-            self._reach = (float(size(states[0], dtype)), float(size(states[1], dtype)))
-        change = float(largest)
-        check(change, coupling.point, dtype, where)
-        reach = change + self._reach[1] * abs(coupling.b) + 1
-        if not reach < coupling.point.limit(dtype):
-            reach = float(size(following, dtype))
-            check(reach, coupling.point, dtype, where)
-        self._reach = (reach, self._reach[0])
-
-    def settle(self) -> None:
-        """Look at what was gathered."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting or is_fake(waiting[0][3]):
-            return
-        for (where, point, dtype, _), value in zip(
-            waiting, torch.stack([entry[3] for entry in waiting]).tolist(), strict=True
-        ):
-            check(value, point, dtype, where)
-
-
-def size(whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest absolute value, as a floating-point number."""
-    if not whole.numel():
-        return torch.zeros((), dtype=dtype, device=whole.device)
-    low, high = torch.aminmax(whole)
-    return torch.maximum(high.to(dtype), -low.to(dtype))
-
-
-def check(largest: float, point: FixedPoint, carrier: torch.dtype, where: str) -> None:
-    """Refuse numbers that cannot be carried.
-
-    Raises:
-        RangeError: names the residual, the value, the range and the remedy.
-    """
-    limit, unit = point.limit(carrier), 2.0 ** -point.bits(carrier)
-    if largest < limit:
-        return
-    if not math.isfinite(largest):
-        raise RangeError(
-            f"{where or 'the stream'}: a value that is infinite or not a number cannot be carried "
-            "in fixed point. Find out where it comes from; memory='store' with exact=False would "
-            "pass it on."
-        )
-    raise RangeError(
-        f"{where or 'the stream'}: a value of {largest * unit:.4g} does not fit into a stream of "
-        f"at most {limit * unit:.4g} ({point.bits(carrier)} bits behind the point). Use "
-        "exact=re2fx.FixedPoint(fraction=...) with fewer bits, or width=64."
-    )
-
-
-def immediate(tensor: Tensor) -> bool:
-    """Whether reading a value off a tensor waits for nothing."""
-    return tensor.device.type == "cpu" and not is_fake(tensor)
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values."""
-    return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
-
-
 class _Advance(torch.autograd.Function):
     """One step, with the gradients of the coupling without rounding."""
 
@@ -501,7 +302,7 @@ def _given(fraction: int, width: int) -> FixedPoint:
 def _encode(value: Tensor, fraction: int, width: int) -> Tensor:
     point = _given(fraction, width)
     carrier = _carrier(value, width)
-    value = value.to(carrier) * 2.0 ** point.bits(carrier)
+    value = value.to(carrier) * 2.0 ** point.places(carrier)
     if value.numel():
         check(float(value.abs().amax()), point, carrier, "the chain's input")
     return value.round().to(CARRIED[carrier]).view(carrier)
@@ -509,7 +310,7 @@ def _encode(value: Tensor, fraction: int, width: int) -> Tensor:
 
 @torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
 def _decode(state: Tensor, fraction: int, width: int) -> Tensor:
-    unit = 2.0 ** -_given(fraction, width).bits(state.dtype)
+    unit = 2.0 ** -_given(fraction, width).places(state.dtype)
     return state.view(CARRIED[state.dtype]).to(state.dtype) * unit
 
 

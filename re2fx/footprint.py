@@ -55,6 +55,7 @@ class ChainBytes:
         branch: bytes that the largest branch alone saves; they come back, one branch at a time,
             in the backward of both checkpointing and reversing.
         anchors: places in the chain where reversing keeps two states more.
+        bits: what reversing keeps of each element at a block, in fixed point.
     """
 
     number: int
@@ -66,6 +67,13 @@ class ChainBytes:
     dtype: str
     branch: int
     anchors: int = 0
+    bits: int = 0
+
+    @property
+    def side_bytes(self) -> int:
+        """What the side bits of all blocks but the first take, up to a few bytes each."""
+        size = {"float32": 4, "float64": 8}.get(self.dtype, 4)
+        return (self.residuals - 1) * (self.state // size) * self.bits // 8
 
     @property
     def pays(self) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from .coupling import Coupling
-from .exact import FixedCoupling, Kernels
+from .exact import FixedCoupling
+from .fixed_point import Kernels
 from .layout import Relayout
 from .runtime import ChainCall, Reverse
 

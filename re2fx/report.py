@@ -23,8 +23,8 @@ from .consistency import agree
 from .coupling import Coupling, Readout
 from .couplings import Couplings
 from .errors import InputError, OptionError, Re2fxError
-from .exact import FixedPoint
 from .fake import Fakes, fake_twin
+from .fixed_point import FixedPoint
 from .footprint import ChainBytes, Kept, Report
 from .given import as_module
 from .inputs import split
@@ -231,7 +231,15 @@ def _chain_row(number: int, route: Route, found: Found) -> ChainBytes:
         dtype="" if state is None else _name(state.dtype),
         branch=max(per_branch.values(), default=0),
         anchors=_anchors(number, route, state),
+        bits=_bits(number, route),
     )
+
+
+def _bits(number: int, route: Route) -> int:
+    """How many bits of each element reversing keeps at a block."""
+    if route.rewired is None:
+        return 0
+    return max(block.coupling.bits for block in route.rewired[0].wirings[number].blocks)
 
 
 def _anchors(number: int, route: Route, state: torch.Tensor | None) -> int:

@@ -13,7 +13,7 @@ from torch.fx import Graph
 from .conditioning import anchored
 from .coupling import Coupling, Readout
 from .couplings import effective
-from .exact import FixedPoint
+from .fixed_point import FixedPoint
 from .graph import freeze, thaw
 from .plan import Plan
 from .wiring import DRIFT_TOLERANCE, Wiring

@@ -46,7 +46,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .coupling import Coupling
 from .errors import ReplayError, StoredOnlyError, StreamError
-from .exact import Gauge
+from .gauge import Gauge
 from .kept import Anchor, recall, remember, tensors_of
 from .layout import Relayout, restrided
 from .replay import Ambient, Lookup
@@ -197,9 +197,10 @@ class ChainCall:
             branch = frame.branch(self.root, current, *sides)
         record.ambient.settle(self.root)
         record.draw = frame.coupling.draw(current)
-        following, record.lost = frame.coupling.advance(
+        following, lost = frame.coupling.advance(
             current, previous, branch, record.draw, self._gauge, frame.name
         )
+        record.lost = lost if index else None  # nothing lies before the first block
         assert isinstance(following, torch.Tensor)
         if following.shape != current.shape or following.dtype != current.dtype:
             raise StreamError(

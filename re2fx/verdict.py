@@ -52,7 +52,7 @@ def sentences(report: Report) -> list[str]:
         lines.append(f"Nothing can be reversed: {report.reason}")
     if report.chains and report.total.checkpoint is not None:
         lines += [_advice(report), *_floor(report), *_poor_chains(report)]
-        lines += [*_anchors(report), _backward(report)]
+        lines += [*_anchors(report), *_bits(report), _backward(report)]
     if report.refused:
         rules = ", ".join(f"{number} x {rule}" for rule, number in report.refused)
         lines.append(f"Skip-adds left as they are: {rules}.")
@@ -114,6 +114,16 @@ def _anchors(report: Report) -> list[str]:
         f"{size(2 * chain.anchors * chain.state)} of it, because its coupling amplifies rounding."
         for chain in report.chains
         if chain.anchors
+    ]
+
+
+def _bits(report: Report) -> list[str]:
+    """What exact reconstruction costs."""
+    return [
+        f"Chain {chain.number} keeps {count(chain.bits, 'bit')} per element and block, "
+        f"{size(chain.side_bytes)} of it, to be reconstructed exactly."
+        for chain in report.chains
+        if chain.bits
     ]
 
 
