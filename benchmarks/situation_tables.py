@@ -57,14 +57,14 @@ def cell(found: dict[str, Any]) -> str:
 def text_fuzz(data: Data) -> str:
     """How many random programs were tried, and what became of them."""
     verdicts, precisions = (
-        ", ".join(f"{number:,} {name}" for name, number in sorted(data[key].items()))
+        ", ".join(f"{name} {number:,}" for name, number in sorted(data[key].items()))
         for key in ("verdicts", "precisions")
     )
     return (
         f"{data['tried']:,} random programs in random situations, {data['executors']['eager']:,} "
         f"in the eager executor and {data['executors'].get('compiled', 0):,} compiled: "
         f"**{len(data['found'])} disagreements** ({verdicts}; lowest precision: {precisions}). "
-        f"On the way there were {len(data['mended'])}, which are mended and are tests now."
+        f"Found on the way, mended and a test now: {len(data['mended'])}."
         f"\n\n{machine(data)}"
     )
 

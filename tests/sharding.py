@@ -112,11 +112,16 @@ def gradients(model: nn.Module) -> Gradients:
     return {name: whole(p.grad) for name, p in model.named_parameters()}
 
 
-def expected(name: str, ranks: int, steps: int = 1, more: tuple[bool, ...] = ()) -> Gradients:
+EXACT: dict[str, Any] = {"exact": True, "coupling": re2fx.Coupling.consistent(0.25)}
+
+
+def expected(
+    name: str, ranks: int, steps: int = 1, more: tuple[bool, ...] = (), exact: bool = False
+) -> Gradients:
     """One process, stored: the mean over the ranks' batches."""
     total: Gradients = {}
     for batch in batches(name, ranks):
-        rev = re2fx.transform(make(name), memory="store")
+        rev = re2fx.transform(make(name), memory="store", **(EXACT if exact else {}))
         for step in range(steps):
             extra = (more[step],) if more else ()
             rev(batch, *extra).square().sum().backward()
@@ -137,11 +142,12 @@ def replicated(
     more: tuple[bool, ...] = (),
     compile: str = "",
     steps: int = 2,
+    exact: bool = False,
     **options: Any,
 ) -> Gradients:
     """DistributedDataParallel; gradients of the last step, or of all of them accumulated."""
     model, batch = make(name), batches(name, ranks)[rank]
-    module: Any = re2fx.transform(model)
+    module: Any = re2fx.transform(model, **(EXACT if exact else {}))
     if compile == "inside":
         module = torch.compile(module, backend="re2fx", options={"compiler": "aot_eager"})
     module = wrapped = nn.parallel.DistributedDataParallel(module, **options)

@@ -105,5 +105,5 @@ def test_couplings_that_cannot_be_reversed_are_stored(name: str) -> None:
     assert isinstance(network, re2fx.RewiredModule)
     assert memory == network.memory == "reversible"
     assert min(len(chain) for chain in network.plan.chains) >= 2
-    ill = runs.Entry("ill", lambda: re2fx.Coupling.consistent(2**-12))
+    ill = runs.Entry("ill", lambda: re2fx.Coupling.consistent(2**-24))
     assert ill.made_of(model, x)[1] == "store"

@@ -318,10 +318,11 @@ def test_nothing_to_recommend(trained: nn.Module) -> None:
 
 def test_ill_conditioned_couplings_are_measured_and_not_recommended() -> None:
     deep = Net(30, 8)
-    found = calibrate(deep, [torch.randn(8, 4)])
-    eighth = next(row for row in found.rows if row.candidate.coupling.b == 1 / 8)
-    assert "would reconstruct its input with a relative" in eighth.refusal
-    assert eighth.distance < 1
+    ill = re2fx.Coupling.consistent(2.0**-20)
+    found = calibrate(deep, [torch.randn(8, 4)], candidates=[re2fx.Coupling.re2tal(), ill])
+    row = next(row for row in found.rows if row.candidate.coupling == ill)
+    assert "rounding grows" in row.refusal
+    assert row.distance < 1
     assert found.recommended is not None
     assert not found.recommended.refusal
 

@@ -97,7 +97,8 @@ def found() -> re2fx.Calibration:
 def test_columns_are_aligned(found: re2fx.Calibration) -> None:
     lines = str(found).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("coupling, readout"))
-    assert lines[start].split()[2:] == ["distance", "top-1", "metric", "bits", "growth", "kept"]
+    names = ["distance", "top-1", "metric", "bits", "growth", "kept", "step"]
+    assert lines[start].split()[2:] == names
     rows = lines[start + 2 : start + 2 + len(re2fx.CANDIDATES)]
     assert len({line.index("KiB") for line in rows if "KiB" in line}) == 1
     assert sum("recommended" in line for line in rows) == 1

@@ -121,8 +121,8 @@ def test_what_does_not_fit(coupling: Any, message: str) -> None:
 
 
 def test_each_chain_is_looked_at_by_itself() -> None:
-    weak = Coupling(0, 1e-3, 1)
-    with pytest.raises(ConditioningError, match=r"chain 1 of 4 residuals with coupling \(0, 0.000"):
+    weak = Coupling(0, 1e-7, 1)
+    with pytest.raises(ConditioningError, match=r"chain 1 of 4 residuals with coupling \(0, 9e-08"):
         re2fx.transform(Two(), coupling=lambda chain: weak if len(chain) == 4 else NEAR)
     with pytest.raises(OptionError, match="2 given for 1 chain;"):
         re2fx.transform(Net(), coupling=[NEAR, FAR])
@@ -131,7 +131,7 @@ def test_each_chain_is_looked_at_by_itself() -> None:
 def test_report_takes_them() -> None:
     report = re2fx.report(Two(), X.float(), coupling=[NEAR, FAR])
     assert [chain.kept.reversible is not None for chain in report.chains] == [True, True]
-    refused = re2fx.report(Two(), X.float(), coupling=[NEAR, Coupling(0, 1e-3, 1)])
+    refused = re2fx.report(Two(), X.float(), coupling=[NEAR, Coupling(0, 1e-7, 1)])
     assert "chain 1 of 4 residuals" in refused.reason
 
 
@@ -344,7 +344,7 @@ def test_memory_and_what_it_allows() -> None:
     rev.coupling = FAR
     assert_reversible_equals_store(rev, X)
     with pytest.raises(ConditioningError, match="rounding grows"):
-        rev.coupling = Coupling(0, 1e-7, 1)
+        rev.coupling = Coupling(0, 1e-14, 1)
     assert rev.coupling == FAR
     rev.memory = "store"
     rev.coupling = Coupling.original()

@@ -225,6 +225,8 @@ def test_tools() -> None:
             rev(*inputs).sum().backward()
     assert len(guard.history) > 1
     assert {drift.error for drift in guard.history} == {0.0}
+    assert [*rev.state_dict()] == [*network.state_dict()]
+    rev.load_state_dict(network.state_dict(), strict=True)
     for other in (copy.deepcopy(rev), pickle.loads(pickle.dumps(rev))):
         assert_equal(step(other, "reversible", *inputs), step(rev, "store", *inputs))
 

@@ -31,7 +31,7 @@ COUPLINGS = [
     Coupling.consistent(0.5),
     Coupling.midpoint(0.7, 1.2),
     Coupling.momentum(0.9),
-    Coupling.momentum(1.0),
+    Coupling.momentum(0.5),
     Coupling.dr2net(0.3, 0.7),
     Coupling(0.2, -0.9, 0.8),
 ]

@@ -134,12 +134,6 @@ def test_batch_norm_activations_and_dropout(activation: str, readout: str) -> No
     assert {int(b) for name, b in outcome_.buffers.items() if "num_batches" in name} == {1}
 
 
-def test_branches_that_do_not_count() -> None:
-    """A coupling with c = 0 has nothing to reconstruct."""
-    watched = assert_compiled_equals_store(rewired(Net(), coupling=Coupling.momentum(1.0)), X)
-    assert watched.blocks == [0]
-
-
 # Chains.
 
 

@@ -142,7 +142,7 @@ def test_waypoints_it_does_not_take() -> None:
 def test_what_cannot_be_reconstructed_is_refused_at_once() -> None:
     """The first and the last are fine, and so is a network that stores."""
     rev = made(Net(10))
-    low = [(0, Coupling(0, 1, 1)), (10, Coupling(0, 0.01, 1)), (20, Coupling(0, 1, 1))]
+    low = [(0, Coupling(0, 1, 1)), (10, Coupling(0, 1e-14, 1)), (20, Coupling(0, 1, 1))]
     with pytest.raises(ConditioningError, match="rounding grows"):
         Schedule.of(rev, low)
     assert rev.coupling == Coupling.re2tal()

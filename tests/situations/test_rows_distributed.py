@@ -36,6 +36,8 @@ REPLICATED: dict[str, dict[str, Any]] = {
     "no_sync": {"name": "once", "accumulate": True},
     "no_sync, batch norm": {"name": "batch norm", "accumulate": True, "broadcast_buffers": False},
     "batch norm": {"name": "batch norm"},
+    "exact": {"name": "once", "exact": True},
+    "exact, shared, static graph": {"name": "shared", "exact": True, "static_graph": True},
     "compiled inside": {"name": "once", "compile": "inside"},
     "compiled inside, shared": {"name": "shared", "compile": "inside"},
     "compiled inside, no_sync": {"name": "once", "compile": "inside", "accumulate": True},
@@ -128,7 +130,8 @@ def assert_equal(got: Any, reference: Any, tolerance: float = 1e-10) -> None:
 def reference(options: dict[str, Any], ranks: int) -> Any:
     """Of one process."""
     steps = 2 if options.get("accumulate") else 1
-    return expected(options.get("name", "once"), ranks, steps, options.get("more", ())[-1:])
+    more, exact = options.get("more", ())[-1:], options.get("exact", False)
+    return expected(options.get("name", "once"), ranks, steps, more, exact)
 
 
 EAGER = [name for name in REPLICATED if not name.startswith("compiled")]
