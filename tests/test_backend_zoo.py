@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from re2fx.plan import Plan
 
 from .test_dynamo import planned
-from .zoo import ZOO, Animal
+from .zoo import EACH_KIND, ZOO, Animal
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def plan_of(model: nn.Module, run: Callable[[Any], Any]) -> Plan:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("animal", ZOO.values(), ids=lambda animal: animal.name)
+@pytest.mark.parametrize("animal", [ZOO[name] for name in EACH_KIND], ids=EACH_KIND)
 def test_the_plan_is_the_one_of_transform(animal: Animal, training: bool) -> None:
     model = animal.build()
     rev = animal.rewire(model)

@@ -184,3 +184,6 @@ ZOO: dict[str, Animal] = {
         _timm("resnetv2_50", drop_rate=0.1, drop_path_rate=0.1),
     )
 }
+
+# Without the deeper of two networks of one kind, whose plan is in a table of its own.
+EACH_KIND = [name for name in ZOO if name != "slowfast_r101"]
