@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -118,7 +119,28 @@ class Kernels:
 
     def compiled(self, wrap: Callable[[Function], Function]) -> Kernels:
         """Each through a compiler."""
-        return Kernels(wrap(self.change), wrap(self.combine), wrap(self.separate))
+        made = (PerKind(kernel, wrap) for kernel in (self.change, self.combine, self.separate))
+        return Kernels(*made)
+
+
+class PerKind:
+    """A kernel compiled by itself for every dtype and every number that it is called with.
+
+    Dynamo counts what it compiles by code object and gives up on one that it has compiled eight
+    times, and all networks of a process and all couplings on a schedule's way share the kernels.
+    """
+
+    def __init__(self, kernel: Function, wrap: Callable[[Function], Function]) -> None:
+        self._kernel, self._wrap = kernel, wrap
+        self._made: dict[tuple[Any, ...], Function] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the kernel."""
+        kind = tuple((a.dtype, a.dim()) if isinstance(a, Tensor) else a for a in args)
+        if kind not in self._made:
+            code = self._kernel.__code__.replace()
+            self._made[kind] = self._wrap(FunctionType(code, self._kernel.__globals__))
+        return self._made[kind](*args)
 
 
 def size(whole: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import re2fx
 from re2fx.exact import DECODE, ENCODE, FixedCoupling
+from re2fx.fixed_point import Kernels, change
 from re2fx.gauge import Gauge
+from re2fx.inner import Inner
 from re2fx.memory import live_bytes
 from re2fx.program import calls_made_by
 from re2fx.runtime import ChainCall, Reverse
@@ -371,6 +373,18 @@ def test_compiled_by_inductor(mixed: bool) -> None:
         got = outcome(run, network, inputs)
         with calls_made_by(lambda chain, root, *starts: Stored(root, *starts)):
             assert_equal(got, outcome(run, network, inputs))
+    torch.compiler.reset()
+
+
+def test_more_couplings_in_a_process_than_dynamo_compiles_one_function_for() -> None:
+    """A schedule goes through many, and every network that is compiled has its own."""
+    torch.compiler.reset()
+    whole, branch = torch.arange(6, dtype=torch.int32), example(6)
+    for number in range(10):
+        kernels = Kernels().compiled(Inner("aot_eager").wrap)
+        for a in (0.0, 0.1 + number):
+            got = kernels.change(whole, branch, torch.float32, a, 1.0 + number)
+            assert torch.equal(got[0], change(whole, branch, torch.float32, a, 1.0 + number)[0])
     torch.compiler.reset()
 
 
