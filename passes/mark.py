@@ -120,7 +120,8 @@ def mark_block(
     coefficients = (float(coupling.a), float(coupling.b), float(coupling.c))
     with flow.graph.inserting_before(output):
         streams = (current, previous, fork, branch)
-        new = create(flow, output, COUPLE, *streams, *coefficients, reversible, tolerance)
+        how = reversible, tolerance, coupling.block
+        new = create(flow, output, COUPLE, *streams, *coefficients, *how)
     output.replace_all_uses_with(new)
     for node in part.arithmetic:  # from the output back
         flow.graph.erase_node(node)

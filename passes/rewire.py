@@ -28,7 +28,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from re2fx import ops
 from re2fx.contexts import owned
 from re2fx.coupling import Coupling, Readout, linear_weights, read, widen
-from re2fx.couplings import Couplings, resolve
+from re2fx.couplings import Couplings, of_residual, resolve
 from re2fx.drawn import signs
 from re2fx.errors import OptionError
 from re2fx.graph import Flow
@@ -98,7 +98,8 @@ def rewire(
         coupling: how the two streams combine; one for all chains or one per chain.
         readout: how two streams become one value, at taps and at the end of a chain.
         activation: ``"branch"`` moves an activation behind an addition into the branch,
-            ``"stream"`` leaves the stream before it and applies it where the stream is read.
+            ``"stream"`` leaves the stream before it and applies it where the stream is read,
+            ``"block"`` leaves it where it is.
     """
     return _Rewirer(flow, plan, coupling, readout, activation).run()
 
@@ -133,11 +134,13 @@ class _Rewirer:
         node = self.flow.by_name
         for residual, links in zip(chain.residuals, chain.links, strict=True):
             skip, add = node[residual.skip], node[residual.add]
-            dropped = [node[name] for name in residual.dropped]
+            own = {add, *(node[name] for name in residual.dropped)}
             region = self.flow.between(skip, [node[name] for name in residual.branches])
-            passengers, _ = self.flow.passengers(region, {add, *dropped})
+            doors = {node[residual.output]} if residual.block else own
+            passengers, _ = self.flow.passengers([n for n in region if n not in doors], doors)
             self.branches.update(dict.fromkeys((*region, *passengers), (chain, residual)))
-            self.taken_over.update((add, *dropped))
+            if not residual.block:
+                self.taken_over.update(own)
             if self.couplings[chain.output].evaluations > 1:
                 self.bodies[residual.add] = body(self.flow, region)
             self.steps[node[residual.output]] = (chain, residual)
@@ -202,11 +205,11 @@ class _Rewirer:
             scale: what the step does to the skip of the original network.
         """
         moved = self.flow.by_name[residual.activation] if residual.activation else None
-        branch = self.branch_sum(residual)
+        branch = self.copy(self.flow.by_name[residual.output]) if residual.block else None
+        branch = branch or self.branch_sum(residual)
         if moved is not None and not self.on_stream:
             branch = self.activate(moved, branch, self.sole_branch(residual))
-        coupling = state.coupling.scaled(residual.skip_scale, 1.0)
-        coupling = coupling.at(str(residual.location))
+        coupling = of_residual(state.coupling, residual)
         current, previous = state.pair.current, state.pair.previous
         add = self.flow.by_name[residual.add]
         drawn = self.draw(add, current) if coupling.draws else []

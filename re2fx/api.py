@@ -17,8 +17,10 @@ from .conditioning import annotated, check_tolerance
 from .consistency import agree
 from .coupling import READOUTS, Coupling, Readout
 from .couplings import (
+    BLOCK_REMEDY,
     Couplings,
     PerChain,
+    check_blocks,
     check_branches,
     check_drawn,
     checked,
@@ -59,7 +61,7 @@ from .wiring import DRIFT_TOLERANCE
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-ACTIVATIONS = ("branch", "stream")
+ACTIVATIONS = ("branch", "stream", "block")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,14 @@ class Options:
             )
         for coupling in given(self.coupling):
             fixed(coupling, self.point)
+        takes = all(coupling.takes_blocks for coupling in given(self.coupling))
+        if self.activation == "block" and (self.readout == "sum" or not takes):
+            raise OptionError(
+                f"activation='block' needs readout='mean' or 'last' and another coupling than "
+                f"{' '.join(map(str, given(self.coupling)))}. {BLOCK_REMEDY}"
+            )
+        post_norm = takes and self.readout != "sum"
+        object.__setattr__(self, "policy", replace(self.policy, post_norm=post_norm))
 
     @property
     def point(self) -> FixedPoint | None:
@@ -141,7 +151,10 @@ def transform(
             of a `Chain` that returns one.
         readout: ``"mean"`` of the two streams (Re2TAL's), ``"sum"``, which keeps the full
             update, or ``"last"``, the newer stream alone.
-        activation: where an activation behind an addition goes, ``"branch"`` or ``"stream"``.
+        activation: where an activation behind an addition goes: into the ``"branch"``, to where
+            the ``"stream"`` is read, or nowhere: ``"block"`` couples whole blocks and starts
+            nearest to the given network, for couplings such as `Coupling.consistent` with b < 1/3.
+            Norms behind additions stay where they are in the same way, under such couplings alone.
         memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
         exact: carry the streams in fixed point, so that they are reconstructed to the bit at any
             depth; needs ``|b| = 2^-j`` and keeps ``j`` bits per element and block. A `FixedPoint`
@@ -212,7 +225,7 @@ def take(
     """
     divisible = capture == "auto" and has_tensors(example_inputs)
     rewire, least = rewirer(options), options.policy.min_chain
-    found = found or counter(model, options.activation, leaves)
+    found = found or counter(model, options, leaves)
     try:
         captured = routes.capture(model, example_inputs, leaves, capture, found)
     except CaptureError as error:
@@ -231,11 +244,12 @@ def rewirer(options: Options) -> Rewire:
     Where the couplings differ, they are given to the chains when all are known.
     """
     if not isinstance(options.coupling, Coupling):
-        options = replace(options, coupling=Coupling.re2tal(), memory="store")
+        stand_in = Coupling.consistent(0.125) if options.policy.post_norm else Coupling.re2tal()
+        options = replace(options, coupling=stand_in, memory="store")
 
     def rewire(path: str, module: nn.Module, example_inputs: Any, leaves: Leaves) -> Part:
         own = replace(options, policy=replace(options.policy, below=path))
-        found = counter(module, options.activation, leaves)
+        found = counter(module, options, leaves)
         captured = routes.capture_any(module, example_inputs, leaves, found)
         for graph in (captured.train, captured.eval):
             say_given_classes(graph)
@@ -328,21 +342,22 @@ def rewire_again(
 
 
 def capture_model(
-    model: nn.Module, example_inputs: Any, activation: str, leaves: Leaves, route: str
+    model: nn.Module, example_inputs: Any, options: Options, leaves: Leaves, route: str
 ) -> Captured:
     """The model's graphs, by the route in which most residuals are rewired."""
-    found = counter(model, activation, leaves)
+    found = counter(model, options, leaves)
     return routes.capture(model, example_inputs, leaves, route, found)
 
 
-def counter(model: nn.Module, activation: str, leaves: Leaves) -> routes.Found:
+def counter(model: nn.Module, options: Options, leaves: Leaves) -> routes.Found:
     """What tells how good a plan is for what a route captured.
 
     More residuals that are rewired come first, then fewer chains, then more that are seen.
     """
 
     def found(captured: Captured) -> tuple[int, ...]:
-        plan = make_plan(captured.train, model, activation, leaves)[1]
+        policy = Policy(post_norm=options.policy.post_norm)
+        plan = make_plan(captured.train, model, options.activation, leaves, policy)[1]
         return plan.rewired, -len(plan.chains), plan.found
 
     return found
@@ -413,6 +428,7 @@ def rewire_plan(flow: Flow, plan: Plan, options: Options, training: bool = True)
     """Rewire what was planned; in eval mode a drawn coupling leaves the given network, stored."""
     couplings, point = resolve(options.coupling, plan.chains), options.point
     check_branches(couplings)
+    check_blocks(couplings, plan.chains)
     for coupling in couplings:
         coupling.check_readout(options.readout)
     drawn = check_drawn(couplings)
@@ -491,7 +507,7 @@ def explain(
         return explanation_of_pieces(type(model).__name__, pieces.module, pieces.account)
     assert captured is not None
     weigh = weigher(model, example_inputs, captured, activation)
-    flow, plan = make_plan(captured.train, model, activation, leaves, policy, weigh)
+    flow, plan = make_plan(captured.train, model, activation, leaves, options.policy, weigh)
     if coupling is not None:
         plan = rewire_plan(flow, plan, options).plan
     return explanation(model, plan, captured, pieces.account)

@@ -48,7 +48,7 @@ class Drift:
     and the rounding of its terms, in the forward and in the inverse, adds to them. Roundings of
     different blocks are independent, so their second moments add. States are taken to be of one
     size, or to grow as the coupling makes them; what the branches do to an error is left out
-    (`re2fx.verify` measures it).
+    (`re2fx.verify` measures it), and a whole block passes it as it is.
 
     Args:
         eps: relative rounding error of one operation.
@@ -66,7 +66,7 @@ class Drift:
         smaller, outcomes = max(1.0, coupling.gain), coupling.outcomes
         following = both = 0.0
         for outcome in outcomes:  # the mean over what may be drawn
-            a, b = outcome.a, outcome.b
+            a, b = outcome.passed, outcome.b
             rounding = self._eps * (smaller + abs(a))
             carried = self._newer - 2 * a * self._both + a * a * self._older
             following += (max(carried, 0.0) + rounding * rounding) / (b * b) / len(outcomes)

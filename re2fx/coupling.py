@@ -7,6 +7,9 @@ branches::
     p_{i+1} = a * p_i + b * p_{i-1} + c * F_i(p_i)
     p_{i-1} = (p_{i+1} - a * p_i - c * F_i(p_i)) / b
 
+A branch may also be a **whole block** ``T``, with a norm or an activation behind its addition that
+no stream can pass. Its update is ``T(x) - x``, so that the weights are ``(a - c, b, c)``.
+
 The methods use nothing but arithmetic, so one definition serves tensors (the executors) and FX
 proxies (the rewiring, which records the arithmetic as graph nodes).
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,12 +51,14 @@ class Coupling:
         b: weight of the previous stream state ``p_{i-1}``; zero cannot be inverted.
         c: weight of the branch's output.
         evaluations: steps per residual; its branch is run anew, with the same weights, in each.
+        block: whether the branch is a whole block, see `of_block`.
     """
 
     a: float
     b: float
     c: float
     evaluations: int = 1
+    block: bool = field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("a", "b", "c"):
@@ -158,6 +163,31 @@ class Coupling:
             return self
         return replace(self, a=self.a * skip, b=self.b * skip, c=self.c * branch)
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether the streams of whole blocks stay bounded.
+
+        A norm forgets the mean and the size of what it gets, a ReLU what is negative. Where a block
+        forgets, the recurrence is ``p_{i+1} = (a - c) p_i + b p_{i-1} + constant``, whose solutions
+        must die away: so do those of ``consistent(b)`` for ``-1 < b < 1/3``, those of Re2TAL grow
+        1.62-fold per block.
+        """
+        if self.draws or self.evaluations > 1:
+            return False
+        return _largest_root(1.0, -(self.a - self.c), -self.b) < 1
+
+    def of_block(self) -> Coupling:
+        """The same of a branch that is a whole block: ``(a - c, b, c)``."""
+        return replace(self, a=self.a - self.c, block=True)
+
+    @property
+    def passed(self) -> float:
+        """What of ``p_i`` gets into ``p_{i+1}``, by itself and through a block as it is.
+
+        Branches are left out, and so is what a block does to its input.
+        """
+        return self.a + self.c if self.block else self.a
+
     def snapped(self) -> Coupling:
         """The nearest coupling whose ``|b|`` is ``2**-j`` for a ``j`` from 0 to 8.
 
@@ -187,8 +217,7 @@ class Coupling:
         """
         if not self.invertible:
             return math.inf
-        root = complex(self.a * self.a + 4 * self.b) ** 0.5
-        return max(abs((-self.a + sign * root) / (2 * self.b)) for sign in (1, -1))
+        return _largest_root(self.b, self.passed, -1.0)
 
     @property
     def exact(self) -> bool:
@@ -218,8 +247,7 @@ class Coupling:
 
         The largest root in absolute value of ``m^2 - a m - b = 0``.
         """
-        root = complex(self.a * self.a + 4 * self.b) ** 0.5
-        return max(abs((self.a + sign * root) / 2) for sign in (1, -1))
+        return _largest_root(1.0, -self.passed, -self.b)
 
     def step(self, current: Any, previous: Any, branch: Any, draw: Any = None) -> Any:
         """``p_{i+1}`` from ``p_i``, ``p_{i-1}``, ``F_i(p_i)`` and what was drawn, if anything."""
@@ -246,7 +274,13 @@ class Coupling:
 
     def __str__(self) -> str:
         twice = " twice" if self.evaluations == 2 else ""
-        return f"({self.a:g}, {self.b:g}, {self.c:g}){twice}"
+        return f"({self.passed:g}, {self.b:g}, {self.c:g}){twice}"
+
+
+def _largest_root(square: float, linear: float, constant: float) -> float:
+    """The largest absolute value among the roots of a quadratic equation."""
+    root = complex(linear * linear - 4 * square * constant) ** 0.5
+    return max(abs((-linear + sign * root) / (2 * square)) for sign in (1, -1))
 
 
 def linear_weights(couplings: Sequence[tuple[Coupling, float]]) -> tuple[float, float, float]:

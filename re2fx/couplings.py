@@ -113,16 +113,41 @@ def effective(
     Raises:
         OptionError: streams in fixed point cannot have it.
     """
-
-    def of(residual: Residual, coupling: Coupling) -> Coupling:
-        own = fixed(coupling, point).scaled(residual.skip_scale, 1.0)
-        return own.at(str(residual.location))
-
     pairs = zip(plan.chains, couplings, strict=True)
     return [
-        [of(residual, c) for residual in chain.residuals for _ in range(c.evaluations)]
+        [
+            of_residual(fixed(c, point), residual)
+            for residual in chain.residuals
+            for _ in range(c.evaluations)
+        ]
         for chain, c in pairs
     ]
+
+
+def of_residual(coupling: Coupling, residual: Residual) -> Coupling:
+    """A chain's coupling as one of its residuals has it."""
+    own = coupling.of_block() if residual.block else coupling.scaled(residual.skip_scale, 1.0)
+    return own.at(str(residual.location))
+
+
+def check_blocks(couplings: Sequence[Coupling], chains: Sequence[Chain]) -> None:
+    """Refuse couplings under which the streams of whole blocks would grow without bound.
+
+    Raises:
+        OptionError: names the coupling, the chain and the remedy.
+    """
+    for number, (coupling, chain) in enumerate(zip(couplings, chains, strict=True)):
+        if any(residual.block for residual in chain.residuals) and not coupling.takes_blocks:
+            raise OptionError(
+                f"coupling={coupling}: chain {number} consists of whole blocks, whose streams "
+                f"would not stay bounded. {BLOCK_REMEDY}"
+            )
+
+
+BLOCK_REMEDY = (
+    "Use Coupling.consistent(b) with b below 1/3, exact=True for b = 2^-j: consistent(0.125) is "
+    "near the given network and keeps 3 bits per element and block"
+)
 
 
 def couplings_of(parts: Iterable[RewiredModule]) -> PerChain:
@@ -163,6 +188,7 @@ def check_change(part: RewiredModule, couplings: PerChain) -> None:
             "it was rewired with another one. Give re2fx.transform the coupling before."
         )
     for rewired in part._variants[0].rewired.values():
+        check_blocks(couplings, rewired.plan.chains)
         effective(rewired.plan, couplings, rewired.point)
     if part.memory == "reversible":
         check_conditioned(part, couplings)

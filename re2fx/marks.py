@@ -7,7 +7,8 @@ tells a stream from any other tensor. These operators stand for the places that 
     read   = fork(p_i)                                     what branch i sees of its stream
     p_next = couple(p_i, p_prev, read, F_i(read), a, b, c) one step of the coupling; with
                                                            ``reversible=False`` states are stored,
-                                                           ``tolerance`` says how often anyway
+                                                           ``tolerance`` says how often anyway;
+                                                           ``block`` if F_i is a whole block
     after  = link(p_i, permute(p_i))                       a shape-only operation on a stream
 
 They carry all the pass needs to know as arguments, so a graph with marks can be cached by its text.
@@ -29,7 +30,8 @@ _library: Any = torch.library.Library("re2fx", "DEF")  # type: ignore[no-untyped
 _library.define("fork(Tensor stream) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     "couple(Tensor current, Tensor previous, Tensor read, Tensor branch, "
-    "float a, float b, float c, bool reversible=True, float tolerance=1e-3) -> Tensor",
+    "float a, float b, float c, bool reversible=True, float tolerance=1e-3, bool block=False) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("link(Tensor before, Tensor after) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -58,6 +60,7 @@ def _couple(
     c: float,
     reversible: bool = True,
     tolerance: float = DRIFT_TOLERANCE,
+    block: bool = False,
 ) -> Tensor:
     result: Tensor = Coupling(a, b, c).step(current, previous, branch)
     return result.clone() if any(result is x for x in (current, previous, branch)) else result
@@ -82,7 +85,7 @@ def _couple_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _couple_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = [None if k == 0 else grad if k == 1 else grad * k for k in ctx.coefficients]
-    return grads[0], grads[1], None, grads[2], None, None, None, None, None
+    return grads[0], grads[1], None, grads[2], *(None,) * 6
 
 
 torch.library.register_fake("re2fx::fork", _fake_fork, lib=_library)
@@ -114,4 +117,5 @@ class Couple(NamedTuple):
 def read_couple(node: Any) -> Couple:
     """What a ``couple`` mark says; tracing leaves arguments away that have their default."""
     current, previous, read, branch, a, b, c, *rest = node.args
-    return Couple(current, previous, read, branch, Coupling(a, b, c), *rest)
+    coupling = Coupling(a, b, c, block=len(rest) > 2 and rest[2])
+    return Couple(current, previous, read, branch, coupling, *rest[:2])

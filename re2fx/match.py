@@ -38,7 +38,8 @@ class Match:
         add: the (outermost) addition.
         skip: the operand that every branch derives from.
         branches: the others.
-        inner: additions inside the sum, when it has more than two operands.
+        inner: additions inside the sum, when it has more than two operands, or inside a block that
+            is more than one residual.
         region: the nodes between the skip and the branches' ends, in program order.
         private: values that only the region reads and no activation goes into, such as noise.
         passengers: nodes that hang off the region and go nowhere.
@@ -80,17 +81,19 @@ class Tail:
         activation: the activation behind the addition.
         scaling: the multiplication by a constant behind the addition.
         links: shape-only operations, in order.
+        closing: the norm or the activation behind the addition with which the block ends.
     """
 
     value: Node
     activation: Node | None = None
     scaling: Node | None = None
     links: tuple[Node, ...] = ()
+    closing: Node | None = None
 
     @property
     def output(self) -> Node | None:
         """What the residual itself ends with, links left out; None for the bare addition."""
-        return self.activation or self.scaling
+        return self.activation or self.scaling or self.closing
 
 
 @dataclass(frozen=True, eq=False)

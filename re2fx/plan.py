@@ -46,6 +46,9 @@ class Residual:
         dropped: names of nodes whose work the coupling takes over (scales, inner additions).
         side_inputs: names of values from outside that the branch reads.
         location: module path and source line of the addition.
+        block: whether the branch is the whole block, from the skip through the addition to a norm
+            or an activation behind it; its update is then what it gives less what it gets.
+        inside: names of the additions of other residuals in the same block.
     """
 
     add: str
@@ -58,11 +61,17 @@ class Residual:
     dropped: tuple[str, ...]
     side_inputs: tuple[str, ...]
     location: Location
+    block: bool = False
+    inside: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """In the field's words: pre- or post-activation, and what else is about it."""
         words = ["post-activation" if self.activation else "pre-activation"]
+        if self.block:
+            words = ["whole block"]
+        if self.inside:
+            words.append(f"{len(self.inside) + 1} residuals")
         if len(self.branches) > 1:
             words.append(f"{len(self.branches)} parallel branches")
         if any(scale != 1 for scale in (self.skip_scale, *self.branch_scales)):
@@ -169,7 +178,9 @@ class Plan:
     @property
     def rewired(self) -> int:
         """Number of residuals that are rewired."""
-        return sum(len(chain) for chain in self.chains)
+        return sum(
+            1 + len(residual.inside) for chain in self.chains for residual in chain.residuals
+        )
 
     @property
     def found(self) -> int:

@@ -30,12 +30,14 @@ class Policy:
         min_saving: bytes that reconstructing a chain must save: a whole number, or as a fraction
             of what it keeps when stored.
         below: path of the submodule that is rewired by itself; paths are those of the model.
+        post_norm: whether the coupling lets norms behind additions close blocks.
     """
 
     select: Select | None = None
     min_chain: int = 2
     min_saving: int | float | None = None
     below: str = ""
+    post_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select", _checked_select(self.select))

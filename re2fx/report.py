@@ -140,7 +140,7 @@ def _route(
 ) -> Route:
     """Go as far as the model lets one; every way that ends has its reason."""
     try:
-        captured = capture_model(model, example_inputs, options.activation, leaves, capture)
+        captured = capture_model(model, example_inputs, options, leaves, capture)
     except (InputError, OptionError):
         raise
     except Re2fxError as error:

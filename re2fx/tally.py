@@ -145,10 +145,11 @@ def mark_places(graph: Graph, root: nn.Module, plan: Plan) -> tuple[Region, ...]
 
 def _body(flow: Flow, residual: Residual) -> list[Node]:
     """The branch, with what hangs off it and the noise it alone reads."""
-    add = flow.by_name[residual.add]
-    path = [node for node in flow.between(flow.by_name[residual.skip], [add]) if node is not add]
-    hanging, _ = flow.passengers(path, {add})
-    return [*flow.private([*path, *hanging]), *path, *hanging]
+    end = flow.by_name[residual.output if residual.block else residual.add]
+    path = [node for node in flow.between(flow.by_name[residual.skip], [end]) if node is not end]
+    hanging, _ = flow.passengers(path, {end})
+    body = [*flow.private([*path, *hanging]), *path, *hanging]
+    return [*body, end] if residual.block else body
 
 
 def _frame(flow: Flow, chain: Chain, index: int) -> list[Node]:

@@ -29,7 +29,7 @@ def render_plan(plan: Plan) -> str:
 def render_chain(index: int, chain: Chain) -> list[str]:
     """A head line and one line per distinct source line."""
     where = span(residual.location.module for residual in chain.residuals)
-    lines = [f"chain {index}: {count(len(chain), 'residual')}, {where}"]
+    lines = [f"chain {index}: {length(chain)}, {where}"]
     key = sorted({(str(short(r.location)), r.location.code) for r in chain.residuals})
     for place, code in key:
         times = sum(
@@ -39,6 +39,9 @@ def render_chain(index: int, chain: Chain) -> list[str]:
     moved = sum(r.activation is not None for r in chain.residuals)
     if moved:
         lines.append(f"    the activation behind the addition moved: {moved} of {len(chain)}")
+    whole = sum(r.block for r in chain.residuals)
+    if whole:
+        lines.append(f"    coupled as whole blocks, with what is behind the addition: {whole}")
     scaled = sum(r.skip_scale != 1 for r in chain.residuals)
     if scaled:
         lines.append(f"    constant scale on the skip, folded into the coupling: {scaled}")
@@ -52,6 +55,14 @@ def render_chain(index: int, chain: Chain) -> list[str]:
         kept, stored = amount(chain.weight.reversible), amount(chain.weight.stored)
         lines.append(f"    keeps {kept} for the backward instead of {stored}")
     return lines
+
+
+def length(chain: Chain) -> str:
+    """How long a chain is: its residuals, or its blocks of several residuals."""
+    sizes = {1 + len(residual.inside) for residual in chain.residuals}
+    if sizes == {1}:
+        return count(len(chain), "residual")
+    return f"{count(len(chain), 'block')} of {' or '.join(map(str, sorted(sizes)))} residuals"
 
 
 def render_refusals(refusals: Iterable[Refusal]) -> list[str]:

@@ -154,7 +154,7 @@ class Trial:
         counted.
         """
         choosing: list[float] = []
-        count = counter(model, OPTIONS.activation, ())
+        count = counter(model, OPTIONS, ())
 
         def found(captured: Captured) -> tuple[int, ...]:
             begin = time.perf_counter()
