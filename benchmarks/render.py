@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from .accuracy_tables import block_accuracy, plot_accuracy
 from .common import CONTENDERS, RESULTS, read_results
 from .exactness_tables import plot_exactness, text_exactness
+from .sentence_tables import text_sentences
 from .situation_tables import text_fuzz, text_situations
 from .tables import TEXTS as TABLES
 from .tables import Data
@@ -204,6 +205,7 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "situations": ("situations", text_situations),
     "exactness": ("exactness", text_exactness),
     "fuzz": ("fuzz", text_fuzz),
+    "sentences": ("sentences", text_sentences),
 }
 
 # Pages beside the result files, which have more to say than a README takes.

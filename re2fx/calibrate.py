@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from .candidates import Candidate, as_candidates, side_bits
 from .capture import Leaves
 from .coupling import Coupling
 from .deviation import Means, Metric
-from .errors import ConditioningError, OptionError, Re2fxError
+from .errors import ConditioningError, NoResidualError, OptionError, Re2fxError
 from .evaluation import Forward, Subject, call, shown
 from .footprint import Kept
 from .module import RewiredModule
@@ -82,7 +82,7 @@ def calibrate(
 
     Raises:
         OptionError: an argument has a value it cannot take, or there is no data.
-        NoResidualError: nothing can be rewired.
+        NoResidualError: nothing can be rewired with any of the candidates.
         CaptureError, ModeMismatchError: as for `transform`.
     """
     if isinstance(model, (RewiredModule, PiecewiseModule)):
@@ -104,15 +104,19 @@ def calibrate(
         first = _first(given)
         with subject.evaluating():
             inputs = subject.inputs(first)
-        rewired = [rewire(model, inputs, candidate, options) for candidate in chosen]
-        base, kept = weighed(model, inputs, options), weigh(model, inputs, rewired, options)
+        rewired, left_out = rewire_all(model, inputs, chosen, options)
+        base, kept = (
+            baseline(model, inputs, rewired, options),
+            weigh(model, inputs, rewired, options),
+        )
         means = Means(len(rewired), metric)
         models = [model, *(one.module for one in rewired)]
         with subject.evaluating(), shown(progress, size) as advance:
             for batch in chain([first], given):
                 means.add(batch, subject.outputs(models, batch))
                 advance()
-    return _calibration(type(model).__name__, rewired, base, kept, means, max_bits)
+    found = _calibration(type(model).__name__, rewired, base, kept, means, max_bits)
+    return replace(found, left_out=tuple(left_out))
 
 
 def _first(batches: Iterator[Any]) -> Any:
@@ -136,6 +140,28 @@ class One:
     candidate: Candidate
     module: nn.Module
     refusal: str
+
+
+def rewire_all(
+    model: nn.Module, inputs: Any, chosen: Sequence[Candidate], options: Mapping[str, Any]
+) -> tuple[list[One], list[str]]:
+    """The rewired forms, and the names of the candidates with which nothing can be rewired.
+
+    Not every coupling takes norms behind additions.
+
+    Raises:
+        NoResidualError: that is so of all of them.
+    """
+    made: list[One] = []
+    left_out: list[str] = []
+    for candidate in chosen:
+        try:
+            made.append(rewire(model, inputs, candidate, options))
+        except NoResidualError:
+            left_out.append(str(candidate))
+            if len(left_out) == len(chosen):
+                raise
+    return made, left_out
 
 
 def rewire(model: nn.Module, inputs: Any, candidate: Candidate, options: Mapping[str, Any]) -> One:
@@ -190,6 +216,18 @@ def weigh(
         total = known[key].total
         found.append(total.reversible if total else None)
     return found
+
+
+def baseline(
+    model: nn.Module, inputs: Any, rewired: Sequence[One], options: Mapping[str, Any]
+) -> Bytes:
+    """What ordinary training keeps, and a checkpoint around the branches that can be rewired."""
+    candidate = next((one.candidate for one in rewired if not one.refusal), None)
+    given: dict[str, Any] = {}
+    if candidate is not None:
+        given = {"coupling": candidate.coupling, "readout": candidate.readout}
+        given |= {name: value for name, value in candidate.options.items() if name in REPORTED}
+    return weighed(model, inputs, {**options, **given})
 
 
 def what_counts(candidate: Candidate) -> Any:

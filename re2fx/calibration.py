@@ -103,6 +103,7 @@ class Calibration:
         checkpoint: bytes with a checkpoint around every branch; None if unknown.
         max_bits: side bits per element and block that are acceptable.
         note: why bytes are unknown; empty if they are not.
+        left_out: names of the candidates with which nothing can be rewired.
     """
 
     model: str
@@ -114,6 +115,7 @@ class Calibration:
     checkpoint: int | None = None
     max_bits: int = MAX_BITS
     note: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def acceptable(self) -> tuple[Calibrated, ...]:
@@ -194,4 +196,14 @@ class Calibration:
         return plot(self, path)
 
 
-_PLAIN = ("model", "batches", "samples", "metric", "now", "checkpoint", "max_bits", "note")
+_PLAIN = (
+    "model",
+    "batches",
+    "samples",
+    "metric",
+    "now",
+    "checkpoint",
+    "max_bits",
+    "note",
+    "left_out",
+)

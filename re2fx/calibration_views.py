@@ -70,7 +70,13 @@ def remark(row: Calibrated, found: Calibration) -> str:
 
 
 def recommendation(found: Calibration) -> str:
-    """What to take and why."""
+    """What to take and why, and what could not be tried."""
+    left_out = ", ".join(found.left_out)
+    rest = f" With {left_out} nothing can be rewired here." if left_out else ""
+    return f"{_choice(found)}{rest}"
+
+
+def _choice(found: Calibration) -> str:
     best, number = found.recommended, len(found.acceptable)
     if best is None:
         reasons = "; ".join(f"{row.name}: {row.obstacle(found.max_bits)}" for row in found.rows)

@@ -162,10 +162,7 @@ def obstacle(flow: Flow, match: Match, between: list[Node]) -> Refusal | None:
 
     norm = first(lambda node: ops.is_norm(node, flow.root))
     if norm is not None:
-        sentence = (
-            f"the stream passes through the norm {norm.name}, which cannot be inverted; a coupling "
-            "such as Coupling.consistent(0.125) can take whole blocks, norms included"
-        )
+        sentence = f"the stream passes through the norm {norm.name}, which cannot be inverted"
         return refuse(flow, match.add, "post-norm", sentence)
     product = first(ops.is_product)
     if product is not None:

@@ -115,11 +115,11 @@ class Tails:
     def _find_closed(self, match: Match, end: Node) -> Match | None:
         flow = self.flow
         whole = block(flow, match, match, end)
-        inputs = (n for n in flow.inputs(end) if not flow.is_constant(n))
-        if not {*whole.region, match.skip.value}.issuperset(inputs):
-            return None
         if self._aliases is None:
             self._aliases = Aliases(flow)
+        sides = [n for n in flow.inputs(end) if n not in whole.region and not flow.is_constant(n)]
+        if any(self._aliases.write_after(side, match.skip.value) for side in sides):
+            return None
         # Looked at from its end, which takes the addition's part.
         return None if first_refusal(flow, replace(whole, add=end), self._aliases) else whole
 

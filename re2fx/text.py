@@ -9,6 +9,9 @@ from itertools import groupby
 from .plan import Chain, Location, Plan, Refusal
 
 MISSES_SHOWN = 5
+BLOCK_HINT = (
+    "try coupling=re2fx.Coupling.consistent(0.125), which takes whole blocks, norms included"
+)
 
 
 def render_plan(plan: Plan) -> str:
@@ -21,6 +24,9 @@ def render_plan(plan: Plan) -> str:
         lines += render_chain(index, chain)
     if plan.refusals:
         lines += ["refused, and left exactly as they were:", *render_refusals(plan.refusals)]
+        blocks = any(residual.block for chain in plan.chains for residual in chain.residuals)
+        if not blocks and any(refusal.rule == "post-norm" for refusal in plan.refusals):
+            lines.append(f"post-norm: {BLOCK_HINT}")
     if not plan.found:
         lines += render_misses(plan.misses)
     return "\n".join(lines)

@@ -185,6 +185,7 @@ refused, and left exactly as they were:
           such as: the stream passes through the norm norm, which cannot be inverted
       1 x projection at test_api.py:N, in add
           the skip is not an identity: it passes through down
+post-norm: try coupling=re2fx.Coupling.consistent(0.125), which takes whole blocks, norms included
 kept whole: gate (symbolically traced variables cannot be used as inputs to control flow)""",
     )
 

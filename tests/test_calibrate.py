@@ -19,6 +19,7 @@ from re2fx.calibrate import calibrate
 from re2fx.candidates import side_bits
 
 from .models import Block, ConvNet, Net, Tapped
+from .test_blocks import Encoder
 from .zoo import one_thread
 
 C = re2fx.Coupling
@@ -155,7 +156,7 @@ def test_bytes_are_asked_for_once_per_kind(
     near = [re2fx.Candidate("c", C.consistent(1 / 2)), re2fx.Candidate("d", C.original())]
     calibrate(trained, labelled(1), candidates=[*unit, *near])
     assert [options.get("coupling") for options in asked] == [
-        None, unit[0].coupling, near[0].coupling
+        unit[0].coupling, unit[0].coupling, near[0].coupling
     ]  # fmt: skip
 
 
@@ -325,6 +326,26 @@ def test_ill_conditioned_couplings_are_measured_and_not_recommended() -> None:
     assert row.distance < 1
     assert found.recommended is not None
     assert not found.recommended.refusal
+
+
+def test_couplings_under_which_nothing_can_be_rewired_are_left_out() -> None:
+    """Norms behind additions are only for couplings that take whole blocks."""
+    model = Encoder()
+    found = calibrate(model, [torch.randn(512, 4)])
+    assert [row.name for row in found.rows] == [
+        "consistent(1/4) read by mean", "consistent(1/4) read by last",
+        "consistent(1/8) read by last",
+    ]  # fmt: skip
+    assert "re2tal read by mean" in found.left_out
+    assert found.recommended is not None
+    assert found.checkpoint is not None
+    assert found.now is not None
+    assert found.recommended.kept is not None
+    assert found.recommended.kept < found.checkpoint < found.now
+    assert "With re2tal read by mean, re2tal read by sum" in str(found).replace("\n", " ")
+    assert found.to_dict()["left_out"] == found.left_out
+    with pytest.raises(re2fx.NoResidualError, match="post-norm"):
+        calibrate(model, [torch.randn(8, 4)], candidates=[re2fx.Coupling.re2tal()])
 
 
 # errors

@@ -307,10 +307,10 @@ def test_one_mark_per_place() -> None:
     assert [targets.count(target) for target in (FORK, COUPLE, LINK)] == [8, 8, 14]
     for node in graph.nodes:
         if node.target is COUPLE:
-            current, _, read, _, a, b, c, reversible, tolerance = node.args
+            current, _, read, _, a, b, c, reversible, tolerance, block = node.args
             assert read.target is FORK
             assert read.args == (current,)
-            assert (a, b, c, reversible, tolerance) == (0.0, 1.0, 1.0, True, 1e-3)
+            assert (a, b, c, reversible, tolerance, block) == (0, 1, 1, True, 1e-3, False)
 
 
 def test_marks_keep_the_place_in_the_code() -> None:
