@@ -141,6 +141,12 @@ def is_norm(node: Node, root: nn.Module) -> bool:
     return named or isinstance(module, _NORM_MODULES) or calls(node, _NORM_CALLS)
 
 
+def is_dropout(node: Node, root: nn.Module) -> bool:
+    """Dropout of elements or channels."""
+    module = module_of(node, root)
+    return isinstance(module, nn.modules.dropout._DropoutNd) or calls(node, _DROPOUTS)
+
+
 def reads_shape_only(node: Node) -> bool:
     """A use of a tensor that sees its shape, dtype or device, never its values."""
     if node.op == "call_function" and node.target is getattr:

@@ -14,6 +14,7 @@ layer, not from an attention to an MLP (measured, see *Decisions* in the README)
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -96,15 +97,17 @@ class Tails:
         for value in dict.fromkeys(values):
             inside = flow.between(add, [value])
             if any(ops.is_norm(node, flow.root) for node in inside) and all(
-                map(self._mild, inside)
+                map(self._keeps_shape, inside)
             ):
                 if self._close(match, value) is not None:
                     yield Tail(value, closing=value)
                 return
 
-    def _mild(self, node: Node) -> bool:
-        """A norm, or nothing that mixes a value with parameters."""
-        return ops.is_norm(node, self.flow.root) or not self.flow.trains(node)
+    def _keeps_shape(self, node: Node) -> bool:
+        """A norm, an activation, a dropout, or one of several results; or no tensor at all."""
+        kinds = (ops.is_norm, ops.is_activation, ops.is_dropout)
+        known = any(kind(node, self.flow.root) for kind in kinds)
+        return known or self.flow.is_number(node) or node.target is operator.getitem
 
     def _close(self, match: Match, end: Node) -> Match | None:
         """The residual with everything up to ``end`` in its region, if it can be run again."""

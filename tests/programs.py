@@ -29,7 +29,7 @@ class Block:
     Attributes:
         branches: kinds of its branch, two for parallel branches.
         spelling: how the addition is written.
-        behind: what follows the addition: an activation, ``"half"`` (times 0.5) or nothing.
+        behind: what follows the addition: an activation, a norm, ``"half"`` (times 0.5) or nothing.
         side: what the branch reads besides the stream.
         link: a shape-only operation before the block.
         tap: how the value after the block is used elsewhere, if it is.
@@ -131,6 +131,7 @@ BEHIND: dict[str, Function] = {
     "torch.tanh": torch.tanh,
     "F.silu in place": lambda x: F.silu(x, inplace=True),
 }
+NORMS: dict[str, Function] = {"layer norm": lambda x: F.layer_norm(x, x.shape[-1:])}
 LINKS: dict[str, Callable[[int], Function]] = {  # by rank
     "transpose": lambda rank: lambda x: x.transpose(1, rank - 1),
     "permute": lambda rank: lambda x: x.permute(0, *range(2, rank), 1),
@@ -334,7 +335,7 @@ class Residual(nn.Module):
         self.shape = tuple(self.link(torch.empty(shape)).shape)
         spelled = (SPELLINGS if len(block.branches) == 1 else PARALLEL)[block.spelling]
         self.add, self.skip, self.scale = spelled.add, spelled.skip, spelled.scale
-        self.after = BEHIND[block.behind] if block.behind else same
+        self.after = {**BEHIND, **NORMS}[block.behind] if block.behind else same
         old = before.branches if before is not None and before.shape == self.shape else ()
         again = block.shared and len(old) == len(block.branches)
         self.branches: nn.ModuleList = before.branches if before and again else self.fresh()

@@ -207,11 +207,11 @@ class Looked(Sublayer):
 
 
 class Scaled(Sublayer):
-    """A norm whose scale is computed from the stream."""
+    """A norm whose scale is computed from the network's input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = F.layer_norm(x + self.branch(x), (6,), self.norm.weight)
-        return out * seen[0].mean()
+        out: Tensor = F.layer_norm(x + self.branch(x), (6,), seen[0].mean() + self.norm.weight)
+        return out
 
 
 class Conditioned(Encoder):
@@ -244,20 +244,45 @@ def test_side_inputs_behind_the_addition() -> None:
     """They are the block's: gradients reach them, and the block is run again with them."""
     model = Conditioned().double()
     (chain,) = plan_of(model).chains
-    assert all(residual.side_inputs for residual in chain.residuals[:-1])
+    assert all(residual.side_inputs for residual in chain.residuals)
     assert_reversible_equals_store(re2fx.transform(model, coupling=NEAR), X, tolerance=1e-8)
 
 
-class Projected(Sublayer):
-    """A product with a matrix behind the norm is no block to stay near."""
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda x: x @ torch.eye(6),
+        lambda x: x * torch.ones(3, 1, 6),
+        lambda x: x[:, :3].repeat(1, 2),
+    ],
+)
+def test_what_may_change_shapes_behind_the_norm_closes_no_block(
+    behind: Callable[[Tensor], Tensor],
+) -> None:
+    class Behind(Sublayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return behind(self.norm(x + self.branch(x)))
+
+    (chain,) = plan_of(Encoder(Sublayer)).chains
+    assert len(chain) == 4
+    assert all(not r.block for c in plan_of(Encoder(Behind)).chains for r in c.residuals[:-1])
+
+
+class Layouts(Sublayer):
+    """The stream is a vector in one block, a matrix in the next."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x + self.branch(x)) @ self.inner.weight[:6]
-        return out
+        out: Tensor = self.norm(x + self.branch(x))
+        return out.unflatten(1, (2, 3)).flatten(1)
 
 
-def test_what_mixes_features_behind_the_addition_closes_no_block() -> None:
-    assert plan_of(Encoder(Projected)).rewired == 0
+def test_shape_only_operations_link_blocks() -> None:
+    model = Encoder(Layouts).double()
+    (chain,) = plan_of(model).chains
+    assert [len(link) for link in chain.links] == [0, 2, 2, 2]
+    rev = re2fx.transform(model, coupling=NEAR, readout="last")
+    torch.testing.assert_close(rev(X), by_hand(model, X, NEAR, "last"), rtol=0, atol=1e-12)
+    assert_reversible_equals_store(rev, X, tolerance=1e-8)
 
 
 # what is computed

@@ -9,6 +9,7 @@ stored execution move when its input moves by that dtype's share of `NUDGES`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import re2fx
 
 from ..compare import Outcome, assert_same
-from ..programs import KINDS, Network, Program, build, couplings, programs
+from ..programs import KINDS, Block, Network, Program, build, couplings, programs
 from ..situations.harness import fill
 from .situations import DTYPES, Situation, perform, situations
 
@@ -33,7 +34,14 @@ WHOLE = (  # whose inverse is exact in fixed point
     re2fx.Coupling.consistent(0.125),
     re2fx.Coupling(0.3, -0.25, -1.3),
     re2fx.Coupling.bdia(),
+    re2fx.Coupling.double(),
 )
+OF_BLOCKS = (  # whose streams stay bounded where a block forgets its input
+    re2fx.Coupling.consistent(0.3),
+    re2fx.Coupling.momentum(0.5),
+    re2fx.Coupling(0.6, 0.3, 1.1),
+)
+EXACT_OF_BLOCKS = (re2fx.Coupling.consistent(0.125), re2fx.Coupling.momentum(0.5))
 TOLERANCES = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 5e-2}
 NUDGES = {"float32": 1e-5, "bfloat16": 1e-2}
 SMOOTH = {"F.relu": "F.gelu", "relu_": "F.silu in place", "in place": "mlp"}
@@ -61,14 +69,23 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, executor: Executor = "eager") -> Case:
     """Every program in every situation."""
-    activation = draw(st.sampled_from(("branch", "stream")))
+    activation = draw(st.sampled_from(("branch", "stream", "block")))
     program = draw(programs(draw(st.integers(2, 4)), activation, (*KINDS, *MORE_KINDS)))
+    post_norm = draw(st.sampled_from((False, False, True)))
+    if post_norm:
+        program = behind(program, lambda _: "layer norm")
     situation = draw(situations(compiled=executor == "compiled"))
     if situation.autocast:
         situation = replace(situation, dtype="float32")
     readout = draw(st.sampled_from(("mean", "sum", "last")))
     exact = executor == "eager" and draw(st.sampled_from((False, False, True)))
-    coupling = draw(st.sampled_from(WHOLE) if exact else couplings())
+    if activation == "block" or post_norm:
+        coupling = draw(st.sampled_from(EXACT_OF_BLOCKS if exact else OF_BLOCKS))
+        readout = "last" if readout == "sum" else readout
+    else:
+        coupling = draw(st.sampled_from(WHOLE) if exact else couplings())
+    if coupling.evaluations > 1 and readout == "sum":
+        readout = "mean"
     if coupling.draws:
         readout = "last"
     case = Case(program, situation, coupling, readout, activation, executor, exact)
@@ -78,20 +95,24 @@ def cases(draw: st.DrawFn, executor: Executor = "eager") -> Case:
 
 def smooth(program: Program) -> Program:
     """The program without kinks inside its chains."""
-    stages = [
-        replace(
-            stage,
-            blocks=tuple(
-                replace(
-                    block,
-                    branches=tuple(SMOOTH.get(kind, kind) for kind in block.branches),
-                    behind=SMOOTH.get(block.behind or "", block.behind),
-                )
-                for block in stage.blocks
-            ),
+
+    def smoothed(block: Block) -> Block:
+        branches = tuple(SMOOTH.get(kind, kind) for kind in block.branches)
+        return replace(
+            block, branches=branches, behind=SMOOTH.get(block.behind or "", block.behind)
         )
-        for stage in program.stages
-    ]
+
+    return changed(program, smoothed)
+
+
+def behind(program: Program, choose: Callable[[Block], str | None]) -> Program:
+    """The program with something else behind its additions."""
+    return changed(program, lambda block: replace(block, behind=choose(block)))
+
+
+def changed(program: Program, change: Callable[[Block], Block]) -> Program:
+    """The program with other blocks."""
+    stages = (replace(s, blocks=tuple(map(change, s.blocks))) for s in program.stages)
     return replace(program, stages=tuple(stages))
 
 
@@ -126,6 +147,7 @@ def check(case: Case) -> Verdict:
     try:
         expected = perform(store, network, inputs, case.situation)
     except RuntimeError as error:
+        assert_raises(case, network, network, inputs, error)
         assert_raises(case, run, network, inputs, error)
         return "raises"
     got = perform(run, network, inputs, case.situation)
@@ -155,12 +177,13 @@ def compiled(network: nn.Module, options: dict[str, Any]) -> Any:
 def assert_raises(
     case: Case, run: Any, network: Network, inputs: list[Tensor], error: RuntimeError
 ) -> None:
-    """What stored execution cannot do is an error of the same kind in reverse."""
+    """What stored execution cannot do is an error of the same kind as given, and in reverse."""
     try:
         perform(run, network, inputs, case.situation)
     except RuntimeError:
         return
-    raise AssertionError(f"stored execution raises and reversible execution does not: {error}")
+    way = "the given network" if run is network else "reversible execution"
+    raise AssertionError(f"stored execution raises and {way} does not: {error}")
 
 
 def judged(
