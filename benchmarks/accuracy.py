@@ -98,6 +98,7 @@ def work(options: argparse.Namespace, rows: list[Row], save: Callable[[], None])
         for seed in range(options.seeds)
         for name in options.models
         for candidate in options.candidates
+        if BY_NAME[candidate].only in ("", name)
         if (one := (name, seed, candidate)) not in done
     ]
     fresh = list(dict.fromkeys(one[:2] for one in todo))

@@ -35,6 +35,7 @@ class Entry:
         options: further arguments of `re2fx.transform`.
         schedule: makes, for a rewired network and a number of steps, what moves its coupling: its
             ``step`` is called after each. None keeps the coupling.
+        only: the network it is for, if not for all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Entry:
     readout: Any = "mean"
     options: dict[str, Any] = field(default_factory=dict)
     schedule: Callable[[nn.Module, int], Any] | None = None
+    only: str = ""
 
     def made_of(self, model: nn.Module, inputs: torch.Tensor) -> tuple[nn.Module, str]:
         """The network to finetune, and how its activations are kept.
@@ -70,7 +72,13 @@ def towards_re2tal(rev: nn.Module, steps: int) -> re2fx.Schedule:
     return re2fx.Schedule(rev, quarter(), re2fx.Coupling.re2tal(), over=steps // 2, snap=True)
 
 
+def eighth() -> re2fx.Coupling:
+    """Nearer, for one bit more."""
+    return re2fx.Coupling.consistent(1 / 8)
+
+
 EXACT = {"exact": True}
+BLOCKS = {"exact": True, "activation": "block"}
 ENTRIES = (
     Entry("original"),
     Entry("re2tal, mean", re2fx.Coupling.re2tal),
@@ -80,9 +88,11 @@ ENTRIES = (
     Entry("consistent(1/2), mean", lambda: re2fx.Coupling.consistent(1 / 2), "mean", EXACT),
     Entry("consistent(1/4), mean", quarter, "mean", EXACT),
     Entry("consistent(1/4), last", quarter, "last", EXACT),
-    Entry("consistent(1/8), last", lambda: re2fx.Coupling.consistent(1 / 8), "last", EXACT),
+    Entry("consistent(1/8), last", eighth, "last", EXACT),
     Entry("bdia, last", re2fx.Coupling.bdia, "last", EXACT),
     Entry("consistent(1/4) to re2tal, mean", quarter, "mean", EXACT, towards_re2tal),
+    Entry("consistent(1/4), mean, activation='block'", quarter, "mean", BLOCKS, only="ResNet"),
+    Entry("consistent(1/8), last, activation='block'", eighth, "last", BLOCKS, only="ResNet"),
 )
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
