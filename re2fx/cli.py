@@ -4,6 +4,7 @@
     re2fx diff timm:vit_base_patch16_224 --html diff.html
     re2fx report torchvision:swin3d_t --input 1,3,16,112,112 --plot report.png
     re2fx verify transformers:gpt2?n_layer=4
+    re2fx calibrate package.module:factory package.module:batches
     re2fx demo package.module:factory
     re2fx zoo 'timm:*swin*' --json zoo.json
 
@@ -24,12 +25,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .calibration import MAX_BITS
 from .cli_options import (
     ActivationName,
     ActivationOpt,
     CaptureName,
     CaptureOpt,
     CouplingOpt,
+    DriftOpt,
     ExactOpt,
     HtmlOpt,
     InputOpt,
@@ -46,6 +49,7 @@ from .cli_options import (
     read_coupling,
 )
 from .errors import Re2fxError, Re2fxWarning
+from .wiring import DRIFT_TOLERANCE
 from .zoo.command import zoo
 
 FOUND, UNUSABLE = 1, 2
@@ -66,12 +70,14 @@ app = typer.Typer(
 def explain(
     target: TargetArg,
     input: InputOpt = None,
+    coupling: CouplingOpt = None,
     activation: ActivationOpt = ActivationName.branch,
     leaf: LeafOpt = None,
     capture: CaptureOpt = CaptureName.auto,
     select: SelectOpt = None,
     min_chain: MinChainOpt = 2,
     min_saving: MinSavingOpt = None,
+    drift_tolerance: DriftOpt = DRIFT_TOLERANCE,
     as_json: JsonOpt = False,
 ) -> None:
     """List every skip-add: rewired, or refused and why, with its source line."""
@@ -83,8 +89,9 @@ def explain(
         result = explain_model(
             made.model,
             made.inputs,
+            coupling=read_coupling(coupling),
             activation=activation.value,
-            **chosen(leaf, capture, select, min_chain, min_saving),
+            **chosen(leaf, capture, select, min_chain, min_saving, drift_tolerance),
         )
     show(result, as_json)
     raise typer.Exit(0 if result.plan.chains else FOUND)
@@ -106,6 +113,7 @@ def diff(
     select: SelectOpt = None,
     min_chain: MinChainOpt = 2,
     min_saving: MinSavingOpt = None,
+    drift_tolerance: DriftOpt = DRIFT_TOLERANCE,
     as_json: JsonOpt = False,
     html: HtmlOpt = None,
     steps: Annotated[
@@ -125,7 +133,9 @@ def diff(
         if other is not None:
             after = load(other, input or (), "meta").model
         else:
-            choice = chosen(leaf, capture, select, min_chain, min_saving) | {"exact": exact}
+            choice = chosen(leaf, capture, select, min_chain, min_saving, drift_tolerance) | {
+                "exact": exact
+            }
             after = rewired(made, coupling, readout, activation, choice)
         result = compare(made.model, after, example_inputs=made.inputs)
         if html is not None:
@@ -151,6 +161,7 @@ def report(
     select: SelectOpt = None,
     min_chain: MinChainOpt = 2,
     min_saving: MinSavingOpt = None,
+    drift_tolerance: DriftOpt = DRIFT_TOLERANCE,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run the model too, and compare.")
     ] = False,
@@ -171,7 +182,7 @@ def report(
             readout=readout.value,
             activation=activation.value,
             exact=exact,
-            **chosen(leaf, capture, select, min_chain, min_saving),
+            **chosen(leaf, capture, select, min_chain, min_saving, drift_tolerance),
         )
         if plot is not None:
             result.plot(plot)
@@ -193,6 +204,7 @@ def verify(
     select: SelectOpt = None,
     min_chain: MinChainOpt = 2,
     min_saving: MinSavingOpt = None,
+    drift_tolerance: DriftOpt = DRIFT_TOLERANCE,
     as_json: JsonOpt = False,
     plot: PlotOpt = None,
 ) -> None:
@@ -202,7 +214,9 @@ def verify(
 
     with working(f"verifying {target}"):
         made = load(target, input or ())
-        choice = chosen(leaf, capture, select, min_chain, min_saving) | {"exact": exact}
+        choice = chosen(leaf, capture, select, min_chain, min_saving, drift_tolerance) | {
+            "exact": exact
+        }
         rev = rewired(made, coupling, readout, activation, choice)
         result = verify_model(rev, made.inputs)
         if plot is not None:
@@ -211,6 +225,56 @@ def verify(
     if plot is not None:
         note(f"wrote {plot}")
     raise typer.Exit(0 if result.ok else FOUND)
+
+
+@app.command()
+def calibrate(
+    target: TargetArg,
+    data: Annotated[
+        str, typer.Argument(help="Batches of your data, or what makes them, as MODULE:NAME.")
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", metavar="MODULE:NAME", help="A function of output and batch."),
+    ] = None,
+    batches: Annotated[
+        int | None, typer.Option("--batches", metavar="N", help="Take so many batches.")
+    ] = None,
+    max_bits: Annotated[
+        int, typer.Option("--max-bits", metavar="N", help="Side bits that are acceptable.")
+    ] = MAX_BITS,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
+    as_json: JsonOpt = False,
+    plot: PlotOpt = None,
+) -> None:
+    """Measure how far each coupling moves a pretrained model's output on your data, untrained."""
+    from .calibrate import calibrate as calibrate_model
+    from .targets import load, load_object
+
+    with working(f"building {target}"):
+        made, given = load(target), load_object(data)
+        rate = load_object(metric) if metric is not None else None
+    result = calibrate_model(
+        made.model,
+        given() if callable(given) else given,
+        metric=rate,
+        batches=batches,
+        max_bits=max_bits,
+        progress=True,
+        activation=activation.value,
+        **chosen(leaf, capture, select, min_chain, min_saving),
+    )
+    if plot is not None:
+        result.plot(plot)
+    show(result, as_json)
+    if plot is not None:
+        note(f"wrote {plot}")
+    raise typer.Exit(0 if result.recommended else FOUND)
 
 
 @app.command()
@@ -228,6 +292,7 @@ def demo(
     select: SelectOpt = None,
     min_chain: MinChainOpt = 2,
     min_saving: MinSavingOpt = None,
+    drift_tolerance: DriftOpt = DRIFT_TOLERANCE,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps of each.")] = 10,
     as_json: JsonOpt = False,
 ) -> None:
@@ -237,7 +302,9 @@ def demo(
 
     with working(f"building {target}"):
         made = load(target, input or ())
-        choice = chosen(leaf, capture, select, min_chain, min_saving) | {"exact": exact}
+        choice = chosen(leaf, capture, select, min_chain, min_saving, drift_tolerance) | {
+            "exact": exact
+        }
         rev = rewired(made, coupling, readout, activation, choice)
     result = demonstrate(made.model, rev, made.inputs, steps, console())
     show(result, as_json)

@@ -23,6 +23,7 @@ class ActivationName(str, Enum):
 
     branch = "branch"
     stream = "stream"
+    block = "block"
 
 
 TargetArg = Annotated[str, typer.Argument(help="The model, as SOURCE:NAME?option=value.")]
@@ -38,7 +39,7 @@ CouplingOpt = Annotated[
         "--coupling",
         metavar="NAME|A,B,C",
         help="re2tal (default), consistent:B, momentum:G, dr2net:ALPHA,BETA, midpoint:B,H, double, "
-        "or the coefficients.",
+        "bdia (with --readout last), or the coefficients.",
     ),
 ]
 ReadoutOpt = Annotated[ReadoutName, typer.Option("--readout", help="How the streams become one.")]
@@ -77,6 +78,12 @@ MinSavingOpt = Annotated[
     str | None,
     typer.Option("--min-saving", metavar="BYTES|SHARE", help="Leave chains that save less alone."),
 ]
+DriftOpt = Annotated[
+    float,
+    typer.Option(
+        "--drift-tolerance", metavar="ERROR", help="Relative error a reconstructed state may have."
+    ),
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 HtmlOpt = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page that needs no network.")
@@ -94,7 +101,7 @@ def read_coupling(text: str | None) -> Any:
         return None
     makers: dict[str, Callable[..., Any]] = {
         name: getattr(Coupling, name)
-        for name in ("re2tal", "consistent", "midpoint", "momentum", "dr2net", "double")
+        for name in ("re2tal", "consistent", "midpoint", "momentum", "dr2net", "double", "bdia")
     }
     name, _, numbers = text.partition(":")
     try:
@@ -116,14 +123,17 @@ def chosen(
     select: list[str] | None,
     min_chain: int,
     min_saving: str | None,
+    drift_tolerance: float | None = None,
 ) -> dict[str, Any]:
     """The options that say what is captured and what is rewired of it."""
+    drift = {} if drift_tolerance is None else {"drift_tolerance": drift_tolerance}
     return {
         "leaves": tuple(leaf or ()),
         "capture": capture.value,
         "select": select or None,
         "min_chain": min_chain,
         "min_saving": None if min_saving is None else read_saving(min_saving),
+        **drift,
     }
 
 

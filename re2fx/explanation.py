@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .piecewise import Account, merged_plan
 from .plan import Chain, Plan, Refusal, Residual
 from .tables import Table, to_html, to_rich
-from .text import MISSES_SHOWN, short, shorten, span
+from .text import MISSES_SHOWN, hints, short, shorten, span
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -78,6 +78,8 @@ class Explanation:
         if self.plan.refusals:
             rows = list(grouped(self.plan.refusals))
             yield Table("Refused, and left exactly as they were", REFUSAL_COLUMNS, tuple(rows))
+        if remedies := hints(self.plan):
+            yield Table("What may help", ("rule", "remedy"), tuple(remedies.items()))
         if not self.plan.found and self.plan.misses:
             rows = list(map(miss_row, self.plan.misses[:MISSES_SHOWN]))
             yield Table("Nearest misses", MISS_COLUMNS, tuple(rows))

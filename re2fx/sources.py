@@ -155,7 +155,12 @@ def _from_diffusers(source: str, name: str, options: dict[str, Any], device: str
         return kind(**options), None
 
 
-def _from_module(source: str, name: str, options: dict[str, Any], device: str) -> Built:
+def member(source: str, name: str) -> Any:
+    """What a module that can be imported, from the working directory too, has by a name.
+
+    Raises:
+        TargetError: there is no such module, or it has no such name.
+    """
     sys.path.insert(0, os.getcwd())
     try:
         if source.partition(".")[0] in SOURCES:
@@ -165,9 +170,14 @@ def _from_module(source: str, name: str, options: dict[str, Any], device: str) -
         raise TargetError(f"{source}: {error}; write one of {', '.join(FORMS)}") from error
     finally:
         sys.path.remove(os.getcwd())
-    factory = getattr(module, name, None)
-    if factory is None:
+    found = getattr(module, name, None)
+    if found is None:
         raise TargetError(f"{source} has no {name!r}{_suggest(name, dir(module))}")
+    return found
+
+
+def _from_module(source: str, name: str, options: dict[str, Any], device: str) -> Built:
+    factory = member(source, name)
     with torch.device(device):
         made = factory if isinstance(factory, nn.Module) else factory(**options)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .errors import TargetError
-from .sources import FORMS, build, example
+from .sources import FORMS, build, example, member
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,18 @@ def load(text: str, inputs: Iterable[str] = (), device: str = "cpu") -> Target:
             raise
         raise TargetError(f"{text} cannot be built: {type(error).__name__}: {error}") from error
     return Target(text, model.train(), joined(given, on(default, device)))
+
+
+def load_object(text: str) -> Any:
+    """What ``module:name`` stands for: data, a function, anything.
+
+    Raises:
+        TargetError: the text has another form, or names nothing.
+    """
+    source, _, name = text.partition(":")
+    if not source or not name:
+        raise TargetError(f"{text!r} names nothing; write package.module:name")
+    return member(source, name)
 
 
 def joined(given: Any, default: Any) -> Any:

@@ -24,12 +24,17 @@ def render_plan(plan: Plan) -> str:
         lines += render_chain(index, chain)
     if plan.refusals:
         lines += ["refused, and left exactly as they were:", *render_refusals(plan.refusals)]
-        blocks = any(residual.block for chain in plan.chains for residual in chain.residuals)
-        if not blocks and any(refusal.rule == "post-norm" for refusal in plan.refusals):
-            lines.append(f"post-norm: {BLOCK_HINT}")
+        lines += [f"{rule}: {hint}" for rule, hint in hints(plan).items()]
     if not plan.found:
         lines += render_misses(plan.misses)
     return "\n".join(lines)
+
+
+def hints(plan: Plan) -> dict[str, str]:
+    """What would let more be rewired, by the rule that refused it."""
+    blocks = any(residual.block for chain in plan.chains for residual in chain.residuals)
+    refused = any(refusal.rule == "post-norm" for refusal in plan.refusals)
+    return {"post-norm": BLOCK_HINT} if refused and not blocks else {}
 
 
 def render_chain(index: int, chain: Chain) -> list[str]:

@@ -76,7 +76,7 @@ def test_help_names_every_command_and_option(capfd: pytest.CaptureFixture[str]) 
     code, out, _ = run(capfd, "--help")
     assert code == 0
     commands = ("explain", "diff", "report", "verify", "demo")
-    assert all(command in out for command in commands)
+    assert all(command in out for command in (*commands, "calibrate"))
     for command in commands:
         code, out, _ = run(capfd, command, "-h")
         assert code == 0
@@ -114,6 +114,42 @@ def test_nothing_saves_enough(capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capfd, "diff", *arguments)
     assert code == 2
     assert "NoResidualError" in err
+
+
+def batches() -> list[torch.Tensor]:
+    return [torch.randn(16, 4, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+
+def spread(output: torch.Tensor, batch: torch.Tensor) -> float:
+    return float(output.std())
+
+
+def test_calibrate(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ("calibrate", NET, f"{__name__}:batches", "--metric", f"{__name__}:spread")
+    code, out, _ = run(capfd, *arguments, "--batches", "2", "--plot", str(tmp_path / "it.png"))
+    assert code == 0
+    assert "Take " in out
+    assert (tmp_path / "it.png").stat().st_size > 0
+    code, out, _ = run(capfd, *arguments, "--json", "--max-bits", "0")
+    found = json.loads(out)
+    assert (found["batches"], found["samples"], found["max_bits"]) == (3, 48, 0)
+    assert found["metric"] > 0
+    code, _, err = run(capfd, "calibrate", NET, f"{__name__}:nothing")
+    assert code == 2
+    assert "has no 'nothing'" in err
+
+
+def test_blocks_and_drift(capfd: pytest.CaptureFixture[str]) -> None:
+    """A coupling that takes blocks, where activations stay; a tolerance that it cannot keep."""
+    near = ("--coupling", "consistent:0.125", "--activation", "block")
+    code, out, _ = run(capfd, "explain", "torchvision:resnet18", *near)
+    assert code == 0
+    assert "whole block" in out
+    arguments = ("verify", f"{NET}?depth=12", "--input", "16,4", "--coupling", "consistent:0.125")
+    assert run(capfd, *arguments, "--drift-tolerance", "0.01")[0] == 0
+    code, _, err = run(capfd, *arguments, "--drift-tolerance", "0.000001")
+    assert code == 2
+    assert "ConditioningError" in err
 
 
 def test_demo(capfd: pytest.CaptureFixture[str]) -> None:
