@@ -145,7 +145,7 @@ def test_blocks_and_drift(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capfd, "explain", "torchvision:resnet18", *near)
     assert code == 0
     assert "whole block" in out
-    arguments = ("report", f"{NET}?depth=12", "--input", "16,4", "--coupling", "consistent:0.125")
+    arguments = ("diff", f"{NET}?depth=12", "--input", "16,4", "--coupling", "consistent:0.125")
     assert run(capfd, *arguments, "--drift-tolerance", "0.01")[0] == 0
     code, _, err = run(capfd, *arguments, "--drift-tolerance", "0.000001")
     assert code == 2
