@@ -21,12 +21,12 @@ from torch import nn
 from torch.fx import Graph
 
 import re2fx
-from re2fx.api import make_plan
 from re2fx.capture import capture
 from re2fx.coupling import Coupling
 from re2fx.passes.cleanup import cleanup
 from re2fx.passes.outline import outline
 from re2fx.passes.rewire import rewire
+from re2fx.pipeline import make_plan
 
 from .common import advancer, growth, progress, target, write_results
 

@@ -1,31 +1,21 @@
-"""The pipeline on one page: capture, normalize, detect, chain, rewire, cleanup."""
+"""`transform` and `explain`: from a model to its rewired form, and to what is said of it."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.fx import Graph
 
 from . import routes
 from .capture import Captured, Leaves
 from .choice import Weigh
-from .conditioning import annotated, check_tolerance
-from .consistency import agree
-from .coupling import READOUTS, Coupling, Readout
+from .coupling import Coupling, Readout
 from .couplings import (
-    BLOCK_REMEDY,
     Couplings,
-    PerChain,
-    check_blocks,
-    check_branches,
-    check_drawn,
-    checked,
     given,
-    resolve,
 )
 from .errors import (
     CaptureError,
@@ -33,23 +23,18 @@ from .errors import (
     OptionError,
     Re2fxWarning,
 )
-from .exact import fixed
 from .explanation import Explanation, explanation, explanation_of_pieces
 from .fixed_point import FixedPoint
 from .given import as_module
-from .graph import Flow, copy_graph, forget_examples, same_graph
 from .inputs import Call, InputSpec
 from .members import Members
-from .module import MEMORIES, Executors, Memory, Rewired, RewiredModule
-from .passes.chain import chain
-from .passes.cleanup import cleanup
-from .passes.detect import detect
+from .module import Executors, Memory, Rewired, RewiredModule
+from .options import Options
 from .passes.mark import mark
-from .passes.normalize import normalize
 from .passes.outline import outline
-from .passes.rewire import rewire
 from .pieces import Part, Pieces, Rewire, rewire_inside, rewire_pieces
 from .piecewise import Account, PiecewiseModule, merged_plan
+from .pipeline import make_plan, recouple, rewire_modes, rewire_plan
 from .plan import Plan
 from .policy import Policy, Select, has_tensors
 from .sharding import check_not_sharded
@@ -60,62 +45,6 @@ from .wiring import DRIFT_TOLERANCE
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-ACTIVATIONS = ("branch", "stream", "block")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to rewire; checked before any work is done."""
-
-    coupling: Couplings
-    readout: Readout
-    activation: str
-    memory: Memory
-    policy: Policy = field(default_factory=Policy)
-    exact: bool | FixedPoint = False
-    drift_tolerance: float = DRIFT_TOLERANCE
-
-    def __post_init__(self) -> None:
-        check_tolerance(self.drift_tolerance)
-        object.__setattr__(self, "coupling", checked(self.coupling))
-        check_branches(given(self.coupling))
-        for name, allowed in (
-            ("readout", READOUTS),
-            ("activation", ACTIVATIONS),
-            ("memory", MEMORIES),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                listed = ", ".join(map(repr, allowed))
-                raise OptionError(f"{name}={value!r}: expected one of {listed}")
-        for coupling in given(self.coupling):
-            coupling.check_readout(self.readout)
-        bad = [coupling for coupling in given(self.coupling) if not coupling.invertible]
-        if self.memory == "reversible" and bad:
-            raise OptionError(
-                f"coupling={bad[0]}: b = 0 cannot be inverted. Use a coupling with b != 0 "
-                "(Coupling.re2tal() is the default), or memory='store'."
-            )
-        for coupling in given(self.coupling):
-            fixed(coupling, self.point)
-        takes = all(coupling.takes_blocks for coupling in given(self.coupling))
-        if self.activation == "block" and (self.readout == "sum" or not takes):
-            raise OptionError(
-                f"activation='block' needs readout='mean' or 'last' and another coupling than "
-                f"{' '.join(map(str, given(self.coupling)))}. {BLOCK_REMEDY}"
-            )
-        post_norm = takes and self.readout != "sum"
-        object.__setattr__(self, "policy", replace(self.policy, post_norm=post_norm))
-
-    @property
-    def point(self) -> FixedPoint | None:
-        """The numbers of the streams, if they are fixed-point ones.
-
-        Raises:
-            OptionError: it is no such thing.
-        """
-        return FixedPoint.of(self.exact)
 
 
 def transform(
@@ -296,29 +225,6 @@ def rewire_captured(
     return Part(rev, train.plan, captured)
 
 
-def rewire_modes(
-    model: nn.Module,
-    captured: Captured,
-    options: Options,
-    leaves: Leaves = (),
-    weigh: Weigh | None = None,
-) -> tuple[Rewired, Rewired]:
-    """The rewired graphs of train and eval mode; planned once if the captured ones are equal.
-
-    Raises:
-        ModeMismatchError: they would be rewired differently.
-    """
-    equal = same_graph(captured.train, captured.eval)  # before rewiring, which looks at examples
-    train = rewire_graph(captured.train, model, options, leaves, weigh)
-    if equal and not check_drawn(train.couplings):
-        forget_examples(captured.eval)
-        history = (("captured", captured.eval), *train.history[1:])
-        graph = copy_graph(train.graph)
-        return train, replace(train, graph=graph, history=history, training=False)
-    eval_ = rewire_graph(captured.eval, model, options, leaves, weigh, train)
-    return train, eval_
-
-
 def recipe(
     model: nn.Module, captured: Captured, options: Options, leaves: Leaves, plan: Plan
 ) -> Recipe:
@@ -370,94 +276,6 @@ def weigher(
     if not has_tensors(example_inputs):
         return None
     return weigh_model(model, example_inputs, captured.inputs, captured.constants, activation)
-
-
-def make_plan(
-    graph: Graph,
-    model: nn.Module,
-    activation: str = "branch",
-    leaves: Leaves = (),
-    policy: Policy | None = None,
-    weigh: Weigh | None = None,
-) -> tuple[Flow, Plan]:
-    """What would be done with a captured graph, and the normalised graph it speaks of.
-
-    Args:
-        graph: the captured graph; left as it is.
-        model: the module its targets are looked up in.
-        activation: where an activation behind an addition goes.
-        leaves: modules to leave alone in a graph that was traced into them.
-        policy: what is rewired of that which can be; everything by default.
-        weigh: predicts what chains keep; the same for the graphs of both modes.
-    """
-    flow = Flow(normalize(graph, model), model)  # one spelling of add, writes as dataflow
-    found = detect(flow, leaves)  # find skip-adds
-    return flow, chain(flow, found, activation, policy or Policy(), weigh)  # group and choose
-
-
-def rewire_graph(
-    graph: Graph,
-    model: nn.Module,
-    options: Options,
-    leaves: Leaves = (),
-    weigh: Weigh | None = None,
-    like: Rewired | None = None,
-) -> Rewired:
-    """The passes in their order.
-
-    Args:
-        graph: the captured graph; left as it is.
-        model: the module its targets are looked up in.
-        options: how to rewire.
-        leaves: modules to leave alone in a graph that was traced into them.
-        weigh: as for `make_plan`.
-        like: the train mode, with which this one, eval mode, must agree.
-    """
-    flow, plan = make_plan(graph, model, options.activation, leaves, options.policy, weigh)
-    if like is not None:
-        agree(type(model).__name__, like.plan, plan)
-        options = replace(options, coupling=like.couplings)
-    rewired = rewire_plan(flow, plan, options, training=like is None)
-    history = (("captured", graph), ("normalized", flow.graph), *rewired.history)
-    for _, step in (*history, ("final", rewired.graph)):
-        forget_examples(step)
-    return replace(rewired, history=history)
-
-
-def rewire_plan(flow: Flow, plan: Plan, options: Options, training: bool = True) -> Rewired:
-    """Rewire what was planned; in eval mode a drawn coupling leaves the given network, stored."""
-    couplings, point = resolve(options.coupling, plan.chains), options.point
-    check_branches(couplings)
-    check_blocks(couplings, plan.chains)
-    for coupling in couplings:
-        coupling.check_readout(options.readout)
-    drawn = check_drawn(couplings)
-    used = tuple(
-        fixed(coupling if training else coupling.expected, point) for coupling in couplings
-    )
-    how = options.readout, options.activation
-    rewired, wirings = rewire(flow, plan, used, *how)  # the two-stream form
-    kept = wirings if training or not drawn else ()
-    wirings = tuple(replace(wiring, tolerance=options.drift_tolerance) for wiring in kept)
-    before = copy_graph(rewired)
-    cleanup(rewired)  # dead tuple elements and shape reads
-    plan, history = annotated(flow.root, plan, wirings), (("rewired", before),)
-    return Rewired(
-        rewired, plan, wirings, history, couplings, *how, point, options.drift_tolerance, training
-    )
-
-
-def recouple(rewired: Rewired, model: nn.Module, couplings: PerChain) -> Rewired:
-    """One mode of a network with another coupling per chain, by the plan that it has."""
-    how = rewired.readout, rewired.activation
-    options = Options(
-        couplings, *how, "store", exact=rewired.point or False, drift_tolerance=rewired.tolerance
-    )
-    flow = Flow(rewired.normalized, model)
-    made = rewire_plan(flow, rewired.plan, options, rewired.training)
-    for _, step in (*made.history, ("final", made.graph)):
-        forget_examples(step)
-    return replace(made, history=(*rewired.history[:2], *made.history))
 
 
 def explain(

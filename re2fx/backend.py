@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from .api import Options, make_plan, rewire_plan
 from .capture import Leaves
 from .codegen import compile_graph
 from .conditioning import check_conditioning
@@ -36,10 +35,12 @@ from .graph import location
 from .inner import SCOPES, Inner
 from .module import Memory, Rewired, RewiredModule
 from .ops import switches_context
+from .options import Options
 from .origin import Origin, find_origin
 from .passes.mark import is_exact, is_marked, mark, unmark
 from .passes.outline import outline
 from .passes.reverse import reverse
+from .pipeline import make_plan, rewire_plan
 from .plan import Plan
 from .policy import Policy, Select
 from .program import Program, with_kernels

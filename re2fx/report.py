@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .api import Options, capture_model, make_plan, rewire_plan, weigher
+from .api import capture_model, weigher
 from .capture import Captured, Leaves
 from .columns import Found, Loss, Route, Run, in_training, measured_kept, nbytes, predict
 from .conditioning import anchored, check_conditioning
@@ -29,8 +29,10 @@ from .footprint import ChainBytes, Kept, Report
 from .given import as_module
 from .inputs import split
 from .module import RewiredModule
+from .options import Options
 from .parts import part_rows
 from .piecewise import PiecewiseModule
+from .pipeline import make_plan, rewire_plan
 from .plan import Plan
 from .policy import Policy, Select
 from .tally import Place, mark_places

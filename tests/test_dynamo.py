@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import re2fx
-from re2fx.api import make_plan
 from re2fx.codegen import compile_graph
 from re2fx.dynamo import Lifted, Root, lift, lower, module_path
+from re2fx.pipeline import make_plan
 
 from .models import Block, ConvNet, Net, Tapped
 

@@ -163,16 +163,16 @@ def test_a_module_that_keeps_a_state_is_not_run_again() -> None:
 
 
 def test_equal_graphs_are_planned_once_and_stay_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    from re2fx import api
+    from re2fx import pipeline
 
     planned: list[Any] = []
-    plan = api.make_plan
+    plan = pipeline.make_plan
 
     def counted(*args: Any, **options: Any) -> Any:
         planned.append(args)
         return plan(*args, **options)
 
-    monkeypatch.setattr(api, "make_plan", counted)
+    monkeypatch.setattr(pipeline, "make_plan", counted)
     rev: Any = re2fx.transform(Net(3).double())
     assert len(planned) == 1
     train, eval_ = (rev.train(mode).graph for mode in (True, False))

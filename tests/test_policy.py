@@ -19,11 +19,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import re2fx
 from re2fx import OptionError, Plan, Residual
-from re2fx.api import make_plan, weigher
+from re2fx.api import weigher
 from re2fx.capture import capture
 from re2fx.errors import ChainCutError, ModeMismatchError
 from re2fx.graph import Flow
 from re2fx.memory import saved_bytes
+from re2fx.pipeline import make_plan
 from re2fx.plan import Chain, Weight
 
 from .compare import assert_reversible_equals_store

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 import re2fx
-from re2fx.api import Options, make_plan, rewire_plan
 from re2fx.coupling import Coupling
 from re2fx.dynamo import Lifted, lift
+from re2fx.options import Options
 from re2fx.passes.outline import outline
+from re2fx.pipeline import make_plan, rewire_plan
 from re2fx.program import Program
 from re2fx.regions import Regions, structure
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from re2fx.api import make_plan
+from re2fx.pipeline import make_plan
 from re2fx.plan import Plan
 from re2fx.zoo.census import overlooked, skip_adds
 

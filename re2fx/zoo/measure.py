@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..api import Options, counter, make_plan, rewire_plan, take, weigher
+from ..api import counter, take, weigher
 from ..capture import Captured
 from ..columns import Route, Run, predict_stored
 from ..consistency import agree
@@ -33,10 +33,12 @@ from ..fake import Fakes, fake_twin
 from ..graph import copy_graph, same_graph
 from ..inputs import split
 from ..module import Executors, Rewired, RewiredModule
+from ..options import Options
 from ..passes.mark import mark
 from ..passes.outline import outline
 from ..pieces import Pieces
 from ..piecewise import Account, merged_plan, pieces_of
+from ..pipeline import make_plan, rewire_plan
 from ..plan import Plan, Refusal
 from ..tally import mark_places
 from ..targets import load
