@@ -7,7 +7,7 @@ block instead::
     x0 --(+)-- norm -- x1 --(+)-- norm -- x2        T_i(x) = norm(x + F_i(x))
 
 What is coupled then is the whole block: its output for the branch's, its update ``T(x) - x`` for
-the residual's. Blocks closed by norms that stand at the same lines again and again, such as the
+the residual's. Blocks closed by norms that come in the same order again and again, such as the
 attention and the MLP of a layer, are one block together: the streams move alike from layer to
 layer, not from an attention to an MLP (measured, see *Decisions* in the README).
 """
@@ -143,15 +143,23 @@ class Tails:
         return whole
 
     def _period(self, run: Run) -> int:
-        """The number of post-norm blocks from which on their lines repeat; 1 if none do."""
+        """The number of post-norm blocks from which on they repeat; 1 if none do."""
         if not all(tail.closing and self._is_normed(m, tail) for m, tail in run.parts()):
             return 1
-        places = [self.flow.location(match.add) for match in run.matches]
-        lines = [(place.file, place.line) for place in places]
-        for period in range(1, len(lines) // 2 + 1):
-            if all(a == b for a, b in zip(lines, lines[period:], strict=False)):
+        kinds = [self._kind(match, tail) for match, tail in run.parts()]
+        for period in range(1, len(kinds) // 2 + 1):
+            if all(a == b for a, b in zip(kinds, kinds[period:], strict=False)):
                 return period
         return 1
+
+    def _kind(self, match: Match, tail: Tail) -> object:
+        """What blocks of different layers have in common: the line, and the name of the norm."""
+        place = self.flow.location(match.add)
+        inside = self.flow.between(match.add, [tail.closing] if tail.closing else [])
+        members = {str(n.target) for n in inside if n.op == "call_module"}
+        read = (value for node in inside for value in node.all_input_nodes)
+        members |= {str(value.target) for value in read if value.op == "get_attr"}
+        return place.file, place.line, frozenset(map(unnumbered, members))
 
     def _is_normed(self, match: Match, tail: Tail) -> bool:
         assert tail.closing is not None
@@ -180,6 +188,11 @@ def block(flow: Flow, first: Match, last: Match, end: Node) -> Match:
     return Match(
         last.add, Term(skip), (Term(end),), (), tuple(region), tuple(private), tuple(passengers)
     )
+
+
+def unnumbered(path: str) -> str:
+    """A module's path without the numbers of the layers it lies in."""
+    return ".".join("#" if part.isdigit() else part for part in path.split("."))
 
 
 def batches(pairs: list[tuple[Match, Tail]], size: int) -> Iterator[list[tuple[Match, Tail]]]:

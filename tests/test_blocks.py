@@ -162,6 +162,25 @@ def test_a_coupling_that_takes_no_blocks_is_told_which_does() -> None:
     assert "try coupling" not in str(plan_of(Encoder(), select="!layers.0*"))
 
 
+class Looped(nn.Module):
+    """Both residuals of a layer are written in one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.subs = nn.ModuleDict({"attention": Sublayer(), "mlp": Sublayer()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for sub in self.subs.values():
+            x = sub(x)
+        return x
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_layers_are_told_by_their_norms_where_the_line_is_one(capture: str) -> None:
+    plan = plan_of(Encoder(Looped), example_inputs=(X.float(),), capture=capture)
+    assert [(len(c), len(c.residuals[0].inside)) for c in plan.chains] == [(4, 1)], str(plan)
+
+
 class Tapped(Layer):
     """What is between its two residuals is read elsewhere."""
 
