@@ -237,7 +237,8 @@ class _Outliner:
         name = f"{step.location.module or 'the model'} ({step.location})"
         function = self.compile(graph, f"branch {step.branch}")
         kept = self.anchored[group.chain][step]
-        frame = Reverse(function, step.coupling, Lookup(targets), name, kept)
+        lookup, tolerance = Lookup(targets), self.wirings[group.chain].tolerance
+        frame = Reverse(function, step.coupling, lookup, name, kept, tolerance)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None
         self.emit(RunBlock(group.chain, frame, tuple(map(self.slot, sides)), slot), sides)

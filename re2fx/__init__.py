@@ -40,6 +40,7 @@ from .fixed_point import FixedPoint
 from .footprint import ChainBytes, Kept, PartBytes, Report
 from .guard import Drift, DriftGuard
 from .module import RewiredModule
+from .peak import Peak, peak
 from .piecewise import PiecewiseModule
 from .plan import Chain, Location, Plan, Refusal, Residual
 from .program import record
@@ -76,6 +77,7 @@ __all__ = [
     "NoResidualError",
     "OptionError",
     "PartBytes",
+    "Peak",
     "PiecewiseModule",
     "Plan",
     "RangeError",
@@ -97,6 +99,7 @@ __all__ = [
     "emit",
     "explain",
     "history",
+    "peak",
     "record",
     "report",
     "shard_units",

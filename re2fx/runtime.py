@@ -45,11 +45,13 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .coupling import Coupling
+from .drift import Drift
 from .errors import ReplayError, StoredOnlyError, StreamError
 from .gauge import Gauge
 from .kept import Anchor, recall, remember, tensors_of
 from .layout import Relayout, restrided
 from .replay import Ambient, Lookup
+from .wiring import DRIFT_TOLERANCE
 
 Function = Callable[..., Any]
 Meta = tuple[torch.Size, torch.dtype, torch.device]
@@ -65,6 +67,7 @@ class Reverse:
         lookup: finds the parameters and buffers the branch uses.
         name: the source line of the residual, for messages.
         anchored: dtypes of streams for which the pair in front of the block is kept.
+        tolerance: relative error that a reconstructed state may have.
     """
 
     branch: Function
@@ -72,6 +75,7 @@ class Reverse:
     lookup: Lookup
     name: str
     anchored: frozenset[torch.dtype] = frozenset()
+    tolerance: float = DRIFT_TOLERANCE
 
 
 Frame = Reverse | Relayout
@@ -127,6 +131,7 @@ class Walk:
     previous: torch.Tensor | None
     saved: dict[int, dict[int, tuple[torch.Tensor, int]]] = field(default_factory=dict)
     whole: bool = False
+    drift: Drift = field(default_factory=Drift)
 
 
 class ChainCall:
@@ -343,7 +348,9 @@ class ChainCall:
         return self._walks[task]
 
     def _forget(self, task: int) -> None:
-        self._walks.pop(task, None)
+        walk = self._walks.pop(task, None)
+        if walk is not None:
+            walk.drift.settle()
 
     def _bring_back(self, walk: Walk, block: int) -> None:
         """Walk to a block and collect what it saves, from the end again if it was passed.
@@ -387,7 +394,10 @@ class ChainCall:
         walk.saved = {}
         branch = self._rerun(walk, record, previous, collect)
         if record.anchor is not None:
-            walk.current, walk.previous = record.anchor.pair(self._name(walk.front))
+            name = self._name(walk.front)
+            walk.current, walk.previous = record.anchor.pair(name)
+            assert isinstance(record.frame, Reverse), "anchors are in front of blocks"
+            walk.drift.note(name, record.frame.tolerance, previous, walk.current)
             return
         first = walk.front == 0
         walk.current = previous

@@ -292,3 +292,34 @@ def test_float_streams_of_compiled_graphs() -> None:
         assert wanted is not None
         error = float((parameter.grad - wanted).norm())
         assert error <= 2e-3 * max(float(wanted.norm()), 1e-6 * largest), key
+
+
+# what the anchors say
+
+
+def unruly(scale: float) -> re2fx.RewiredModule:
+    """A deep network in fp32 whose branches amplify rounding the more, the larger their weights."""
+    torch.manual_seed(0)
+    model = Net(28)
+    with torch.no_grad():
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.outer.weight.mul_(scale)
+    rev = re2fx.transform(model, coupling=Coupling(0.5, -0.5, 1))
+    assert isinstance(rev, re2fx.RewiredModule)
+    return rev
+
+
+def test_a_backward_says_when_states_came_back_worse_than_predicted() -> None:
+    rev = unruly(60.0)
+    assert anchors(rev, X.float())[0]
+    with pytest.warns(re2fx.Re2fxWarning, match=r"came back with a relative error of .*e.*0\.001"):
+        weighted(rev(X.float())).backward()
+    rev.memory = "store"
+    weighted(rev(X.float())).backward()
+
+
+def test_a_backward_that_meets_its_tolerance_says_nothing() -> None:
+    rev = unruly(1.0)
+    assert anchors(rev, X.float())[0]
+    weighted(rev(X.float())).backward()
