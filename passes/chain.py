@@ -20,7 +20,7 @@ from re2fx import ops
 from re2fx.choice import Choice, Refuser, Weigh, choose
 from re2fx.graph import Flow
 from re2fx.match import Detection, Match, Run, Tail, refuse
-from re2fx.plan import Chain, Plan, Refusal, Residual, Weight
+from re2fx.plan import Addition, Chain, Plan, Refusal, Residual, Weight
 from re2fx.policy import Policy
 from re2fx.tails import Tails
 
@@ -202,7 +202,7 @@ def describe_block(flow: Flow, match: Match, end: Node) -> Residual:
         side_inputs=tuple(sides),
         location=flow.location(match.add),
         block=True,
-        inside=tuple(node.name for node in match.inner),
+        inside=tuple(Addition(node.name, flow.location(node)) for node in match.inner),
     )
 
 

@@ -31,6 +31,19 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """The skip-add of a residual inside a block of several.
+
+    Attributes:
+        name: of the addition.
+        location: module path and source line of it.
+    """
+
+    name: str
+    location: Location
+
+
+@dataclass(frozen=True)
 class Residual:
     """One skip-add, ``output = skip_scale * skip + sum(branch_scale * branch)``.
 
@@ -48,7 +61,7 @@ class Residual:
         location: module path and source line of the addition.
         block: whether the branch is the whole block, from the skip through the addition to a norm
             or an activation behind it; its update is then what it gives less what it gets.
-        inside: names of the additions of other residuals in the same block.
+        inside: the additions of other residuals in the same block.
     """
 
     add: str
@@ -62,7 +75,7 @@ class Residual:
     side_inputs: tuple[str, ...]
     location: Location
     block: bool = False
-    inside: tuple[str, ...] = ()
+    inside: tuple[Addition, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -82,7 +95,16 @@ class Residual:
 
     def below(self, path: str) -> Residual:
         """The same residual seen from a model that holds this one as the submodule ``path``."""
-        return replace(self, location=self.location.below(path)) if path else self
+        if not path:
+            return self
+        inside = (replace(other, location=other.location.below(path)) for other in self.inside)
+        return replace(self, location=self.location.below(path), inside=tuple(inside))
+
+    @property
+    def places(self) -> tuple[tuple[str, int, int], ...]:
+        """Module path, line and number of branches of each of its additions, its own last."""
+        own = self.location.module, self.location.line, len(self.branches)
+        return (*((other.location.module, other.location.line, 1) for other in self.inside), own)
 
 
 @dataclass(frozen=True)
@@ -194,7 +216,7 @@ class Plan:
         number their nodes differently.
         """
         return tuple(
-            tuple((r.location.module, r.location.line, len(r.branches)) for r in chain.residuals)
+            tuple(place for residual in chain.residuals for place in residual.places)
             for chain in self.chains
         )
 

@@ -153,13 +153,13 @@ class Tails:
         return 1
 
     def _kind(self, match: Match, tail: Tail) -> object:
-        """What blocks of different layers have in common: the line, and the name of the norm."""
+        """What blocks of different layers have in common: the line, and the path of the norm.
+
+        Both are the same for every route by which a model was captured.
+        """
+        assert tail.closing is not None
         place = self.flow.location(match.add)
-        inside = self.flow.between(match.add, [tail.closing] if tail.closing else [])
-        members = {str(n.target) for n in inside if n.op == "call_module"}
-        read = (value for node in inside for value in node.all_input_nodes)
-        members |= {str(value.target) for value in read if value.op == "get_attr"}
-        return place.file, place.line, frozenset(map(unnumbered, members))
+        return place.file, place.line, unnumbered(self.flow.location(tail.closing).module)
 
     def _is_normed(self, match: Match, tail: Tail) -> bool:
         assert tail.closing is not None

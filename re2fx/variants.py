@@ -249,8 +249,7 @@ class Chosen:
         return cls(frozenset(place for chain in plan.signature() for place in chain))
 
     def __call__(self, residual: Residual) -> bool:
-        location = residual.location
-        return (location.module, location.line, len(residual.branches)) in self.places
+        return self.places.issuperset(residual.places)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class Looped(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo", "export"])
 def test_layers_are_told_by_their_norms_where_the_line_is_one(capture: str) -> None:
     plan = plan_of(Encoder(Looped), example_inputs=(X.float(),), capture=capture)
     assert [(len(c), len(c.residuals[0].inside)) for c in plan.chains] == [(4, 1)], str(plan)
@@ -388,6 +388,17 @@ def test_a_coupling_per_chain() -> None:
     torch.testing.assert_close(rev(X), by_hand(model, X, NEAR), rtol=0, atol=1e-12)
     with pytest.raises(OptionError, match=r"coupling=\(0, 1, 1\): chain 0 consists of whole"):
         re2fx.transform(model, coupling=lambda chain: RE2TAL)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_captured_again_for_another_way_of_calling_it() -> None:
+    """Layers that are one block stay one."""
+    model = Encoder().double()
+    rev: Any = re2fx.transform(model, (X,), coupling=NEAR, capture="dynamo")
+    other = torch.stack([X, X.flip(0)])
+    torch.testing.assert_close(rev(X), by_hand(model, X, NEAR), rtol=0, atol=1e-12)
+    torch.testing.assert_close(rev(other), by_hand(model, other, NEAR), rtol=0, atol=1e-12)
+    assert len(rev._variants) == 2
 
 
 # activations

@@ -65,7 +65,8 @@ def overlooked(graph: Graph, root: nn.Module, plan: Plan) -> list[str]:
     """
     residuals = [residual for chain in plan.chains for residual in chain.residuals]
     known = {refusal.node for refusal in plan.refusals}
-    known |= {name for r in residuals for name in (r.add, *r.dropped, *r.inside)}
+    known |= {name for r in residuals for name in (r.add, *r.dropped)}
+    known |= {addition.name for r in residuals for addition in r.inside}
     return [name for name in skip_adds(graph, root) if name not in known]
 
 
