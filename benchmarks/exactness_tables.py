@@ -52,7 +52,8 @@ def text_exactness(data: Data) -> str:
         f"{first['steps']} steps: elements that differ from stored execution of the same network, "
         "and bytes kept for each element of the stream and block:\n\n"
         + table(("streams", "branches", "states", "gradients", "bytes"), bits)
-        + "\n\nGradient error under bf16 autocast against stored execution in fp64:\n\n"
+        + "\n\nGradient error under bf16 autocast against stored execution in fp64, mean over "
+        f"{rows_of(data, 'plain')[0]['batches']} batches:\n\n"
         + table(("residuals", "coupling", "steps trained", *WAYS), truth)
         + "\n\nStep time over float reversible, a ViT-S of 12 layers, by side bits:\n\n"
         + table(("executor", "0", "1", "2", "3"), times)
