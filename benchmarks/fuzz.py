@@ -91,11 +91,19 @@ def mended(case: str) -> bool:
     return True
 
 
-def work(examples: int, first: int) -> Iterator[tuple[int, int, str]]:
-    """Seeds, numbers of examples and executors; a compiled chunk is a tenth as long."""
+def work(examples: int, first: int, executor: str | None = None) -> Iterator[tuple[int, int, str]]:
+    """Seeds, numbers of examples and executors; a compiled chunk is a tenth as long.
+
+    Args:
+        examples: how many programs.
+        first: seed.
+        executor: of all of them; both by default.
+    """
     number = 0
     while examples > 0:
         compiled = number % COMPILED == COMPILED - 1
+        if executor is not None:
+            compiled = executor == "compiled"
         size = min(CHUNK // 10 if compiled else CHUNK, examples)
         yield first + number, size, "compiled" if compiled else "eager"
         examples, number = examples - size, number + 1
@@ -129,6 +137,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="the first; by default one that was not tried")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="forget the runs before")
+    parser.add_argument("--executor", choices=("eager", "compiled"), help="of all programs")
     options = parser.parse_args()
     total = known() if not options.fresh else nothing()
     for one in [one for one in total["found"] if mended(one["case"])]:
@@ -141,7 +150,9 @@ def main() -> None:
     pool = get_context("spawn").Pool(options.jobs, maxtasksperchild=8)
     with Progress(*columns, TimeElapsedColumn()) as progress, pool:
         task = progress.add_task("programs", total=options.examples)
-        for result in pool.imap_unordered(chunk_of, work(options.examples, first)):
+        for result in pool.imap_unordered(
+            chunk_of, work(options.examples, first, options.executor)
+        ):
             total = added(total, result)
             write_results("fuzz", total)
             progress.advance(task, result["tried"])
