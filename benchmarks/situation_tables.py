@@ -64,7 +64,7 @@ def text_fuzz(data: Data) -> str:
         f"{data['tried']:,} random programs in random situations, {data['executors']['eager']:,} "
         f"in the eager executor and {data['executors'].get('compiled', 0):,} compiled: "
         f"**{len(data['found'])} disagreements** ({verdicts}; lowest precision: {precisions}). "
-        f"Found on the way, mended and a test now: {len(data['mended'])}."
+        f"Found on the way and mended, here or in the fuzzer: {len(data['mended'])}."
         f"\n\n{machine(data)}"
     )
 
