@@ -102,9 +102,13 @@ class Residual:
 
     @property
     def places(self) -> tuple[tuple[str, int, int], ...]:
-        """Module path, line and number of branches of each of its additions, its own last."""
+        """Module path, line and number of branches of each of its additions, its own last.
+
+        The number of one that is not the last in its block is 0: a layer as one block and as two
+        are two networks.
+        """
         own = self.location.module, self.location.line, len(self.branches)
-        return (*((other.location.module, other.location.line, 1) for other in self.inside), own)
+        return (*((other.location.module, other.location.line, 0) for other in self.inside), own)
 
 
 @dataclass(frozen=True)

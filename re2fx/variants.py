@@ -246,7 +246,9 @@ class Chosen:
     @classmethod
     def of(cls, plan: Plan) -> Chosen:
         """What a plan rewires."""
-        return cls(frozenset(place for chain in plan.signature() for place in chain))
+        places = (place for chain in plan.signature() for place in chain)
+        # Residuals are selected before those of a layer become one block, each with one branch.
+        return cls(frozenset((module, line, number or 1) for module, line, number in places))
 
     def __call__(self, residual: Residual) -> bool:
         return self.places.issuperset(residual.places)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,21 @@ def test_layers_are_the_blocks() -> None:
     assert (plan.rewired, plan.found, plan.refusals) == (8, 8, ())
     assert "4 blocks of 2 residuals" in str(plan)
     assert chain.residuals[0].kind == "whole block, 2 residuals"
+
+
+def test_a_layer_as_one_block_and_as_two_are_told_apart() -> None:
+    """Train and eval mode, and every capture, must agree on it."""
+    plan = plan_of(Encoder())
+    (chain,) = plan.chains
+    apart = tuple(
+        part
+        for residual in chain.residuals
+        for part in (
+            replace(residual, inside=(), location=residual.inside[0].location),
+            replace(residual, inside=()),
+        )
+    )
+    assert plan.signature() != re2fx.Plan((replace(chain, residuals=apart),)).signature()
 
 
 def test_residuals_of_one_line_are_a_block_each() -> None:
