@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,13 @@ def plot(own: Peak, others: Mapping[str, Peak], path: str | Path | None) -> Figu
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise OptionError("pictures need matplotlib: pip install matplotlib") from error
+        raise OptionError("a picture needs matplotlib: pip install re2fx[bench]") from error
     runs = {"": own, **{name.replace("_", " "): run for name, run in others.items()}}
     if not all(run.timeline for run in runs.values()):
         raise OptionError("only runs on the CPU have a timeline to draw")
     figure = Figure(figsize=(7.2, 3.0), layout="constrained")
     axes = figure.subplots()
-    for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
+    for (name, run), colour in zip(runs.items(), cycle(COLOURS), strict=False):
         seconds, sizes = zip(*run.timeline, strict=True)
         label = f"{name}: {amount(run.peak)}" if name else amount(run.peak)
         values = [size / MIB for size in sizes]

@@ -115,6 +115,8 @@ def test_pictures(tmp_path: Path) -> None:
     assert legend is not None
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels[1].startswith("re2fx reversible: ")
+    many = {f"run_{number}": reversible for number in range(7)}
+    assert len(stored.plot(None, **many).axes[0].get_legend_handles_labels()[1]) == 8
     with pytest.raises(re2fx.OptionError, match="timeline"):
         re2fx.Peak(1, 1, "cuda").plot()
     assert json.loads(json.dumps(stored.to_dict()))["peak"] == stored.peak
