@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -23,9 +24,13 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from re2fx import ops
+from re2fx.aliases import Aliases
+from re2fx.body import Body
+from re2fx.checkpoint import Checkpoint
 from re2fx.codegen import compile_graph
 from re2fx.conditioning import anchored
 from re2fx.contexts import owned
+from re2fx.framing import Framing, may_run_again
 from re2fx.graph import Flow
 from re2fx.layout import Relayout
 from re2fx.program import Enter, Leave, Program, RunBlock, RunLink, Segment, Step
@@ -51,7 +56,11 @@ Compile = Callable[[Graph, str], Callable[..., Any]]
 
 
 def outline(
-    graph: Graph, root: nn.Module, wirings: Sequence[Wiring], compile: Compile = compile_graph
+    graph: Graph,
+    root: nn.Module,
+    wirings: Sequence[Wiring],
+    compile: Compile = compile_graph,
+    framing: Framing | None = None,
 ) -> Program:
     """Make the program of the reversible executor.
 
@@ -60,8 +69,9 @@ def outline(
         root: the module its targets are looked up in.
         wirings: where its chains lie.
         compile: makes the functions of branches and segments from their graphs.
+        framing: makes frames of whatever may be run again, also outside the chains.
     """
-    return _Outliner(graph, root, wirings, compile).run()
+    return _Outliner(graph, root, wirings, compile, framing).run()
 
 
 def separated(wiring: Wiring) -> Wiring:
@@ -82,10 +92,15 @@ def separated(wiring: Wiring) -> Wiring:
 
 class _Outliner:
     def __init__(
-        self, graph: Graph, root: nn.Module, wirings: Sequence[Wiring], compile: Compile
+        self,
+        graph: Graph,
+        root: nn.Module,
+        wirings: Sequence[Wiring],
+        compile: Compile,
+        framing: Framing | None,
     ) -> None:
         self.flow = Flow(graph, root, identities=True)
-        self.compile = compile
+        self.compile, self.framing = compile, framing
         self.wirings = [separated(wiring) for wiring in wirings]
         self.anchored = [dict(zip(w.blocks, anchored(w), strict=True)) for w in self.wirings]
         self.groups: dict[Node, Group] = {}
@@ -238,7 +253,9 @@ class _Outliner:
         function = self.compile(graph, f"branch {step.branch}")
         kept = self.anchored[group.chain][step]
         lookup, tolerance = Lookup(targets), self.wirings[group.chain].tolerance
-        frame = Reverse(function, step.coupling, lookup, name, kept, tolerance)
+        parts = self.framing and self.framing.body(graph, self.compile, f"branch {step.branch}")
+        body = parts if parts and parts.sliced else None
+        frame = Reverse(function, step.coupling, lookup, name, kept, tolerance, body)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None
         self.emit(RunBlock(group.chain, frame, tuple(map(self.slot, sides)), slot), sides)
@@ -278,20 +295,46 @@ class _Outliner:
         return False
 
     def flush(self) -> None:
-        """Run the ordinary nodes gathered so far as one segment."""
+        """Run the ordinary nodes gathered so far, as one segment or as several frames."""
         if not self.pending:
             return
         nodes, self.pending = self.pending, []
+        for piece in self.framing.split(nodes) if self.framing else [nodes]:
+            self.emit_segment(piece)
+
+    def emit_segment(self, nodes: Sequence[Node]) -> None:
+        """Ordinary nodes."""
         inside = set(nodes)
         results = [
             node for node in nodes if any(user not in inside for user in node.users)
         ]  # fmt: skip
         reads = self.outside(nodes, [])
         output = next((node for node in nodes if node.op == "output"), None)
-        graph, _ = self.subgraph([n for n in nodes if n.op != "output"], reads, results, output)
-        function = self.compile(graph, f"segment {len(self.steps)}")
+        inner = [node for node in nodes if node.op != "output"]
+        graph, targets = self.subgraph(inner, reads, results, output)
+        name = f"segment {len(self.steps)}"
+        function = self.compile(graph, name)
         outputs = () if output is not None else tuple(map(self.slot, results))
-        self.emit(Segment(function, tuple(map(self.slot, reads)), outputs), reads)
+        frame = None
+        if self.framing is not None and inner and may_run_again(self.flow, self.aliases, inner):
+            if output is None:
+                body = self.framing.body(graph, self.compile, name)
+            else:
+                body = Body.whole(function, len(reads), Lookup(targets))
+            frame = Checkpoint(body, self.named(inner))
+        self.emit(Segment(function, tuple(map(self.slot, reads)), outputs, frame), reads)
+
+    @cached_property
+    def aliases(self) -> Aliases:
+        """Which values share memory."""
+        return Aliases(self.flow)
+
+    def named(self, nodes: Sequence[Node]) -> str:
+        """Where some nodes come from, for messages."""
+        places = [self.flow.location(node) for node in nodes if node.op != "get_attr"]
+        first = places[0]
+        modules = dict.fromkeys(place.module or "the model" for place in places)
+        return f"{next(iter(modules))} to {list(modules)[-1]} ({first})" if places[1:] else f"{first}"
 
     def subgraph(
         self,

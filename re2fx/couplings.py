@@ -190,7 +190,7 @@ def check_change(part: RewiredModule, couplings: PerChain) -> None:
     for rewired in part._variants[0].rewired.values():
         check_blocks(couplings, rewired.plan.chains)
         effective(rewired.plan, couplings, rewired.point)
-    if part.memory == "reversible":
+    if part.memory != "store":
         check_conditioned(part, couplings)
 
 

@@ -16,6 +16,10 @@ class OptionError(Re2fxError, ValueError):
     """An argument has a value it cannot take; the message names it and the allowed values."""
 
 
+class BudgetError(OptionError):
+    """A training step cannot be fitted into a budget of memory; the message has the least one."""
+
+
 class InputError(Re2fxError, TypeError):
     """The inputs of a call do not fit the inputs the model was captured with."""
 

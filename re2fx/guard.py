@@ -215,7 +215,7 @@ class _GuardedCall(ChainCall):
         assert isinstance(frame, Reverse)
         return frame
 
-    def _step_back(self, walk: Walk, collect: bool) -> None:
+    def _step_back(self, walk: Walk, collect: bool = False) -> None:
         super()._step_back(walk, collect)
         if walk.front != self._index or not self._truth or walk.previous is None:
             return

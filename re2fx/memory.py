@@ -26,15 +26,17 @@ class Saved:
     Attributes:
         chains: per reversible chain call, bytes kept by the executor.
         outside: bytes kept by autograd outside the chains.
+        checkpoints: per checkpoint frame, bytes that it keeps and no chain does.
     """
 
     chains: tuple[int, ...]
     outside: int
+    checkpoints: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(self.chains) + self.outside
+        return sum(self.chains) + sum(self.checkpoints) + self.outside
 
 
 def saved_bytes(run: Callable[[], Any], model: nn.Module) -> Saved:
@@ -54,9 +56,10 @@ def saved_bytes(run: Callable[[], Any], model: nn.Module) -> Saved:
     with record() as calls, saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     chains = tuple(_count(call.kept(), seen) for call in calls)
+    checkpoints = tuple(_count(call.kept(), seen) for call in calls.checkpoints)
     outside = _count(kept, seen)
     del result
-    return Saved(chains, outside)
+    return Saved(chains, outside, checkpoints)
 
 
 def live_bytes(run: Callable[[], Any]) -> int:

@@ -6,19 +6,23 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.fx import Graph, GraphModule
 
+from .budget import MEMORIES as MEMORIES
+from .budget import Memory as Memory
+from .budget import checked_memory, is_planned
 from .coupling import Coupling
 from .couplings import Couplings, change, check_conditioned, couplings_of, simplest
 from .errors import OptionError, UncapturedError
 from .inputs import Call, InputSpec
 from .members import visit
 from .plan import Plan
+from .planner import MemoryPlan
 from .program import recording
 from .rewired import History as History
 from .rewired import Rewired as Rewired
@@ -26,10 +30,6 @@ from .tracing import holds, refuse_guard, register, traced_for_re2fx
 from .variants import Executors as Executors
 from .variants import Recipe, Variant, capture_again
 from .wiring import Wiring
-
-Memory = Literal["reversible", "store"]
-MEMORIES: tuple[str, ...] = get_args(Memory)
-
 
 class LiveRoot:
     """What generated code calls ``self``: the given model, and the constants of its graphs."""
@@ -153,9 +153,10 @@ class RewiredModule(GraphModule):
 
     @property
     def memory(self) -> Memory:
-        """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them.
+        """How activations are kept: as `re2fx.transform` takes it; a budget in bytes.
 
-        Setting it sets it for rewired modules inside this one too.
+        Setting it sets it for rewired modules inside this one too. What is planned, ``"lowest"``
+        and budgets, is planned at the next call with gradients, for the inputs of that call.
         """
         return self._memory
 
@@ -166,11 +167,46 @@ class RewiredModule(GraphModule):
                 module._run_as(value)
 
     def _run_as(self, value: Memory) -> None:
-        if value not in MEMORIES:
-            raise OptionError(f"memory={value!r}: expected one of {', '.join(map(repr, MEMORIES))}")
-        if value == "reversible":
+        value = checked_memory(value)
+        if value != "store":
             check_conditioned(self, self._variants[0].couplings)
+        for variant in self._variants:
+            variant.unframe()
         self._memory = value
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """How a training step was fitted into memory, in the current mode; None before it was."""
+        return self._variants[0].memory_plans.get(self.training)
+
+    def plan_memory(self, *args: Any, **kwargs: Any) -> MemoryPlan:
+        """Plan a training step for inputs of some shapes; arguments as of a call.
+
+        Nothing is run. Autocast that is active counts, so plan under that of the training.
+
+        Raises:
+            OptionError: ``memory`` is no budget and not ``"lowest"``.
+            BudgetError: the budget is below what a step takes at the least.
+            CaptureError: what the model allocates depends on the values of tensors.
+        """
+        if not is_planned(self.memory):
+            raise OptionError(f"memory={self.memory!r} leaves nothing to plan")
+        held = self._held(args, kwargs)
+        if isinstance(held, UncapturedError):
+            self._capture_again(Call(args, kwargs), held)
+            held = self._held(args, kwargs)
+        assert not isinstance(held, UncapturedError), "what was captured for this very call"
+        variant, inputs = held
+        return self._framed(variant, inputs)
+
+    def _framed(self, variant: Variant, inputs: list[Any]) -> MemoryPlan:
+        """The plan for calls of one kind, made if there is none."""
+        mode = self.training
+        if mode not in variant.memory_plans:
+            made = self._executors.frame(self._live, variant, mode, inputs, self._memory)
+            variant.framed[mode], variant.memory_plans[mode] = made
+            variant.programs.pop(mode, None)
+        return variant.memory_plans[mode]
 
     @property
     def coupling(self) -> Coupling | tuple[Coupling, ...]:
@@ -262,7 +298,7 @@ class RewiredModule(GraphModule):
 
     def prepare(self, marked: bool) -> None:
         """Generate the code that Dynamo traces; for `re2fx.backend` with the streams marked."""
-        mode, reversible = self.training, self.memory == "reversible"
+        mode, reversible = self.training, self.memory != "store"
         for variant in self._variants:
             if marked:
                 variant.mark((mode, reversible), self._live._model, self._executors)
@@ -316,10 +352,12 @@ class RewiredModule(GraphModule):
             if self._guard is not None:
                 refuse_guard(self._number)
             if traced_for_re2fx(self._number, self._coefficients):
-                marked = variant.marked[self.training, self.memory == "reversible"]
+                marked = variant.marked[self.training, self.memory != "store"]
                 return marked(self._live, *inputs)
             return variant.functions[self.training](self._live, *inputs)
-        reversible = self.memory == "reversible" and torch.is_grad_enabled()
+        reversible = self.memory != "store" and torch.is_grad_enabled()
+        if reversible and is_planned(self._memory):
+            self._framed(variant, inputs)
         how = (self.training, self._live._model, self._executors)
         if self._guard is not None and reversible:
             with self._guard.watch(self):

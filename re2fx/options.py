@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from .budget import Memory, checked_memory
 from .conditioning import check_tolerance
 from .coupling import READOUTS, Readout
 from .couplings import BLOCK_REMEDY, Couplings, check_branches, checked, given
 from .errors import OptionError
 from .exact import fixed
 from .fixed_point import FixedPoint
-from .module import MEMORIES, Memory
 from .policy import Policy
 from .wiring import DRIFT_TOLERANCE
 
@@ -31,12 +31,12 @@ class Options:
 
     def __post_init__(self) -> None:
         check_tolerance(self.drift_tolerance)
+        object.__setattr__(self, "memory", checked_memory(self.memory))
         object.__setattr__(self, "coupling", checked(self.coupling))
         check_branches(given(self.coupling))
         for name, allowed in (
             ("readout", READOUTS),
             ("activation", ACTIVATIONS),
-            ("memory", MEMORIES),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -45,7 +45,7 @@ class Options:
         for coupling in given(self.coupling):
             coupling.check_readout(self.readout)
         bad = [coupling for coupling in given(self.coupling) if not coupling.invertible]
-        if self.memory == "reversible" and bad:
+        if self.memory != "store" and bad:
             raise OptionError(
                 f"coupling={bad[0]}: b = 0 cannot be inverted. Use a coupling with b != 0 "
                 "(Coupling.re2tal() is the default), or memory='store'."

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint import Checkpoint, CheckpointCall
 from .coupling import Coupling
 from .exact import FixedCoupling
 from .fixed_point import Kernels
@@ -26,11 +27,26 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """Ordinary nodes, run as compiled code: ``outputs = function(root, *inputs)``."""
+    """Ordinary nodes, run as compiled code: ``outputs = function(root, *inputs)``.
+
+    With a frame their intermediates are not kept, but made again for the backward.
+    """
 
     function: Function
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    frame: Checkpoint | None = None
+
+    def run(self, root: Any, values: Sequence[Any]) -> Any:
+        """A tuple of the outputs, or whatever the last segment of a program returns."""
+        if self.frame is None or not torch.is_grad_enabled():
+            return self.function(root, *values)
+        call = CheckpointCall(root, self.frame)
+        outputs = call.run(values)
+        calls = _recording.get()
+        if calls is not None:
+            calls.checkpoints.append(call)
+        return outputs if self.outputs else outputs[0]
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,7 @@ class Program:
 
     def _do(self, step: Step, root: Any, values: list[Any], calls: dict[int, ChainCall]) -> Any:
         if isinstance(step, Segment):
-            outputs = step.function(root, *[values[slot] for slot in step.inputs])
+            outputs = step.run(root, [values[slot] for slot in step.inputs])
             for slot, value in zip(step.outputs, outputs if step.outputs else (), strict=True):
                 values[slot] = value
             return outputs
@@ -166,7 +182,19 @@ def with_kernels(program: Program, kernels: Kernels) -> Program:
     return replace(program, steps=tuple(map(step, program.steps)))
 
 
-_recording: ContextVar[list[ChainCall] | None] = ContextVar("re2fx_recording", default=None)
+class Calls(list[ChainCall]):
+    """Recorded calls of chains.
+
+    Attributes:
+        checkpoints: those of checkpoint frames.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpoints: list[CheckpointCall] = []
+
+
+_recording: ContextVar[Calls | None] = ContextVar("re2fx_recording", default=None)
 
 Make = Callable[..., ChainCall]
 
@@ -181,6 +209,7 @@ _make: ContextVar[Make] = ContextVar("re2fx_make", default=_usual)
 def _note(call: ChainCall) -> None:
     calls = _recording.get()
     if calls is not None:
+        call.recorded = True
         calls.append(call)
 
 
@@ -205,7 +234,7 @@ def calls_made_by(make: Make) -> Iterator[None]:
 
 
 @contextmanager
-def record() -> Iterator[list[ChainCall]]:
+def record() -> Iterator[Calls]:
     """Record every chain call made inside the block, in the order the chains end.
 
     Each call gives the chain's last two stream states (``call.output``) and the chain's input
@@ -215,7 +244,7 @@ def record() -> Iterator[list[ChainCall]]:
             rev(x)
         calls[0].reconstruct()
     """
-    calls: list[ChainCall] = []
+    calls = Calls()
     token = _recording.set(calls)
     try:
         yield calls

@@ -35,26 +35,25 @@ non-reentrant form, whose frame and holder design this follows. No FX in here.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from .body import Again, Body, Trace, check_version
 from .coupling import Coupling
 from .drift import Drift
 from .errors import ReplayError, StoredOnlyError, StreamError
 from .gauge import Gauge
 from .kept import Anchor, recall, remember, tensors_of
 from .layout import Relayout, restrided
-from .replay import Ambient, Lookup
+from .replay import Lookup
 from .wiring import DRIFT_TOLERANCE
 
 Function = Callable[..., Any]
-Meta = tuple[torch.Size, torch.dtype, torch.device]
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,9 @@ class Reverse:
         name: the source line of the residual, for messages.
         anchored: dtypes of streams for which the pair in front of the block is kept.
         tolerance: relative error that a reconstructed state may have.
+        body: the branch in parts, some of them run slice by slice; one part by default.
+        stored: whether ordinary autograd keeps what the branch saves; the same must hold for all
+            blocks behind it.
     """
 
     branch: Function
@@ -76,30 +78,15 @@ class Reverse:
     name: str
     anchored: frozenset[torch.dtype] = frozenset()
     tolerance: float = DRIFT_TOLERANCE
+    body: Body | None = None
+    stored: bool = False
+
+    def parts(self, sides: int) -> Body:
+        """What is run, with so many side inputs."""
+        return self.body or Body.whole(self.branch, 1 + sides, self.lookup)
 
 
 Frame = Reverse | Relayout
-
-
-class _Enough(Exception):
-    """Everything a rerun was for is there."""
-
-
-class Handle:
-    """Stands in the autograd graph for a tensor that was not saved."""
-
-    __slots__ = ("block", "call", "slot")
-
-    def __init__(self, call: ChainCall, block: int, slot: int) -> None:
-        self.call, self.block, self.slot = call, block, slot
-
-
-def _unpack(packed: Any) -> torch.Tensor:
-    return packed.call.unpack(packed.block, packed.slot) if type(packed) is Handle else packed
-
-
-def _meta(tensor: torch.Tensor) -> Meta:
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 @dataclass
@@ -108,12 +95,10 @@ class Record:
 
     frame: Frame
     sides: list[Any]
-    ambient: Ambient | None = None
+    trace: Trace | None = None
     needs_grad: bool = False
     strides: tuple[int, ...] = ()
-    saved: list[Meta] = field(default_factory=list)
     lost: torch.Tensor | None = None
-    recorded: bool = True
     shapes: list[torch.Size] = field(default_factory=list)
     anchor: Anchor | None = None
     draw: torch.Tensor | None = None
@@ -123,14 +108,16 @@ class Record:
 class Walk:
     """How far one backward has walked: the pair in front of record ``front``.
 
-    ``whole`` runs the first block's branch to its end too, for those who want its result.
+    Attributes:
+        again: the block that is being brought back, ``block``; the walk is behind it until its
+            result is there.
     """
 
     front: int
     current: torch.Tensor
     previous: torch.Tensor | None
-    saved: dict[int, dict[int, tuple[torch.Tensor, int]]] = field(default_factory=dict)
-    whole: bool = False
+    block: int = -1
+    again: Again | None = None
     drift: Drift = field(default_factory=Drift)
 
 
@@ -144,11 +131,13 @@ class ChainCall:
 
     Attributes:
         records: per block and link what is needed to run it again.
-        states: the last two of the stream, ``(p_n, p_{n-1})``, detached; set by `leave`.
+        states: the last two of the stream, ``(p_n, p_{n-1})``, detached; set by `leave`. As a
+            backward frees the graph they move along with it, and the records behind them go.
+        recorded: whether somebody else looks at the call, so that its states stay where they are.
     """
 
     def __init__(self, root: Any, start: torch.Tensor, before: torch.Tensor | None = None) -> None:
-        _check_transforms()
+        check_transforms()
         self.root = root
         self.records: list[Record] = []
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -156,14 +145,18 @@ class ChainCall:
             start,
             start if before is None else before,
         )
+        self._coupling: Coupling | None = None
         self._gauge = Gauge()
         self._walks: dict[int, Walk] = {}
+        self._alive: list[int] = []  # per record, handles in the autograd graph
+        self.recorded = False
         self._lock = threading.RLock()
 
     @property
     def coupling(self) -> Coupling:
         """Of its first block; all of them carry their states alike."""
-        return next(r.frame.coupling for r in self.records if isinstance(r.frame, Reverse))
+        assert self._coupling is not None, "every chain has blocks"
+        return self._coupling
 
     @property
     def output(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -183,30 +176,43 @@ class ChainCall:
 
     def block(self, frame: Reverse, sides: Sequence[Any]) -> torch.Tensor:
         """Run one block and return ``p_{i+1}``."""
+        self._coupling = self._coupling or frame.coupling
+        if frame.stored and torch.is_grad_enabled():
+            return self._store(frame, sides)
         current, previous = self.streams
         index = len(self.records)
         record = Record(frame, remember(sides), None, current.requires_grad, current.stride())
-        record.recorded = torch.is_grad_enabled()
-        record.ambient = Ambient(self.root, frame.lookup, current.device)
         if index and current.dtype.to_real() in frame.anchored:
             record.anchor = Anchor.of(current, previous)
-        self.records.append(record)
-
-        def pack(tensor: torch.Tensor) -> Any:
-            if isinstance(tensor, nn.Parameter):
-                return tensor
-            record.saved.append(_meta(tensor))
-            return Handle(self, index, len(record.saved) - 1)
-
-        with saved_tensors_hooks(pack, _unpack), record.ambient.observers.noted(record.saved):
-            branch = frame.branch(self.root, current, *sides)
-        record.ambient.settle(self.root)
+        self._append(record)
+        record.trace = Trace(frame.parts(len(sides)), current.device)
+        (branch,) = record.trace.run(self.root, [current, *sides], self, index)
+        self._alive[index] += len(record.trace.saved)
         record.draw = frame.coupling.draw(current)
         following, lost = frame.coupling.advance(
             current, previous, branch, record.draw, self._gauge, frame.name
         )
         record.lost = lost if index else None  # nothing lies before the first block
-        assert isinstance(following, torch.Tensor)
+        return self._follow(frame, following)
+
+    def _append(self, record: Record) -> None:
+        self.records.append(record)
+        self._alive.append(0)
+
+    def _store(self, frame: Reverse, sides: Sequence[Any]) -> torch.Tensor:
+        """Run one of the last blocks as it is written; what is undone ends in front of it."""
+        self._end()
+        current, previous = self.streams
+        branch = frame.branch(self.root, current, *sides)
+        draw = frame.coupling.draw(current)
+        following, _ = frame.coupling.advance(
+            current, previous, branch, draw, self._gauge, frame.name
+        )
+        return self._follow(frame, following)
+
+    def _follow(self, frame: Reverse, following: torch.Tensor) -> torch.Tensor:
+        """Go on with the next state of the stream."""
+        current, _ = self.streams
         if following.shape != current.shape or following.dtype != current.dtype:
             raise StreamError(
                 f"{frame.name}: the residual turns a stream of {tuple(current.shape)} "
@@ -222,7 +228,8 @@ class ChainCall:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Apply shape-only operations to both streams; return the states after each."""
         record = Record(frame, [])
-        self.records.append(record)
+        if self.states is None:
+            self._append(record)
         current, previous = self.streams
         currents, previouses = [], []
         for _, function, number in frame.operations:
@@ -243,18 +250,22 @@ class ChainCall:
                 yield from (record.anchor.current.tensor, record.anchor.previous.tensor)
             if record.draw is not None:
                 yield record.draw
-            if record.ambient is not None:
-                yield from record.ambient.generators.states if record.ambient.generators else ()
-                yield from record.ambient.earlier.values()
+            if record.trace is not None:
+                yield from record.trace.kept()
             if record.lost is not None:
                 yield record.lost
 
     def leave(self) -> None:
         """End the forward: keep the last two stream states and nothing else."""
-        current, previous = self.streams
+        self._end()
         self._gauge.settle()
-        self.states = (current.detach(), previous.detach())
         self._streams = None
+
+    def _end(self) -> None:
+        """Keep the states behind the blocks that are undone."""
+        if self.states is None:
+            current, previous = self.streams
+            self.states = (current.detach(), previous.detach())
 
     def abandon(self) -> None:
         """End a forward that raised.
@@ -270,15 +281,16 @@ class ChainCall:
         task = torch._C._current_graph_task_id()
         with self._lock:
             walk = self._walk_of(task)
-            if slot not in walk.saved.get(block, ()):
+            if walk.again is None or walk.block != block:
                 self._bring_back(walk, block)
-            tensor, version = walk.saved[block].pop(slot)
-        if tensor._version != version:
-            raise ReplayError(
-                f"{self._name(block)}: one of the variables needed for gradient computation has "
-                f"been modified by an inplace operation in the branch: a tensor of "
-                f"{tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
-            )
+            assert walk.again is not None, "what was brought back"
+            tensor, version = walk.again.take(slot)
+            if walk.front > block and (walk.again.complete or not walk.again.wanted):
+                with torch.no_grad():
+                    self._step_back(walk)
+            if walk.again.exhausted:
+                walk.again = None
+        check_version(tensor, version, self._name(block))
         return tensor
 
     def reconstruct(self) -> torch.Tensor:
@@ -291,7 +303,7 @@ class ChainCall:
             walk = self._start()
             self._skip_to_anchor(walk, 0)
             while walk.front > 1:
-                self._step_back(walk, collect=False)
+                self._step_back(walk)
             assert walk.previous is not None, "only the first block has nothing before it"
             start: torch.Tensor = self.coupling.decode(walk.previous)
             return start
@@ -324,10 +336,10 @@ class ChainCall:
         Returns:
             the branch's result, detached.
         """
-        record = self.records[index]
         with self._lock, torch.no_grad():
-            walk = Walk(index, stream, None, whole=True)
-            return self._rerun(walk, record, restrided(stream, record.strides), collect=True)
+            again = self._again(index, restrided(stream, self.records[index].strides), wanted=True)
+            result: torch.Tensor = again.result(collect=True)[0]
+            return result
 
     def _start(self) -> Walk:
         if self.states is None:
@@ -344,13 +356,30 @@ class ChainCall:
         if task not in self._walks:
             self._walks[task] = self._start()
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(self._forget, task))
+            engine.queue_callback(partial(ChainCall._forget, weakref.ref(self), task))
+            engine.queue_callback(self._walks[task].drift.settle)
         return self._walks[task]
 
-    def _forget(self, task: int) -> None:
-        walk = self._walks.pop(task, None)
-        if walk is not None:
-            walk.drift.settle()
+    @staticmethod
+    def _forget(call: weakref.ref[ChainCall], task: int) -> None:
+        """The end of a backward; the call itself may have gone with the graph."""
+        alive = call()
+        if alive is not None:
+            alive._walks.pop(task, None)
+
+    def lost(self, block: int) -> None:
+        """The graph has let go of a handle of a block."""
+        self._alive[block] -= 1
+
+    def _let_go(self, walk: Walk) -> None:
+        """Keep the pair that a walk has come to instead of the last one, if nobody can ask for
+        what lies between them any more."""
+        front = walk.front
+        if self.recorded or len(self._walks) != 1 or any(self._alive[front:]):
+            return
+        assert walk.previous is not None, "a walk that goes on"
+        self.states = (walk.current, walk.previous)
+        del self.records[front:], self._alive[front:]
 
     def _bring_back(self, walk: Walk, block: int) -> None:
         """Walk to a block and collect what it saves, from the end again if it was passed.
@@ -361,100 +390,82 @@ class ChainCall:
         if walk.front < block:
             fresh = self._start()
             walk.front, walk.current, walk.previous = fresh.front, fresh.current, fresh.previous
+            walk.again = None
         with torch.no_grad():
             if walk.front == block:
-                self._rerun(walk, self.records[block], walk.current, collect=True)
+                walk.block, walk.again = block, self._again(block, walk.current)
                 return
             self._skip_to_anchor(walk, block)
             while walk.front > block + 1:
-                self._step_back(walk, collect=False)
-            self._step_back(walk, collect=True)
+                self._step_back(walk)
+            self._let_go(walk)
+            self._begin(walk)
+
+    def _begin(self, walk: Walk) -> None:
+        """Prepare to run the block in front of the walk again, as far as it is asked for."""
+        index = walk.front - 1
+        record = self.records[index]
+        assert walk.previous is not None, "nothing lies before the first block"
+        walk.previous = restrided(walk.previous, record.strides)
+        # Autograd runs later blocks first, so what they collected and nobody asked for can go.
+        walk.again = None
+        wanted = index > 0 and record.anchor is None
+        walk.block, walk.again = index, self._again(index, walk.previous, wanted)
+
+    def _again(self, index: int, stream: torch.Tensor, wanted: bool = False) -> Again:
+        """A block's branch on its reconstructed input."""
+        record, name = self.records[index], self._name(index)
+        assert isinstance(record.frame, Reverse) and record.trace is not None, "a block"
+        stream = stream.detach().requires_grad_(record.needs_grad)
+        inputs = [stream, *recall(record.sides, name)]
+        # Recording gradients may choose another kernel, so an exact rerun records as the first did.
+        return Again(record.trace, self.root, inputs, name, wanted, record.frame.coupling.exact)
 
     def _skip_to_anchor(self, walk: Walk, block: int) -> None:
         """Go on from the nearest anchor behind a block, if that is nearer than where one is."""
         for front in range(block + 1, walk.front):
             anchor = self.records[front].anchor
             if anchor is not None:
-                walk.front, walk.saved = front, {}
+                walk.front, walk.again = front, None
                 walk.current, walk.previous = anchor.pair(self._name(front))
                 return
 
-    def _step_back(self, walk: Walk, collect: bool) -> None:
-        """From the pair behind a record to the pair before it."""
+    def _step_back(self, walk: Walk, collect: bool = False) -> None:
+        """From the pair behind a record to the pair before it.
+
+        Args:
+            walk: what moves.
+            collect: whether a branch that has not been brought back records gradients, too.
+        """
+        record, frame = self.records[walk.front - 1], self.records[walk.front - 1].frame
+        assert walk.previous is not None, "nothing lies before the first block"
+        if isinstance(frame, Relayout):
+            walk.front, walk.again = walk.front - 1, None
+            undo = partial(frame.undo, self.root, record.shapes)
+            walk.current, walk.previous = undo(walk.current), undo(walk.previous)
+            return
+        if walk.again is None or walk.block != walk.front - 1:
+            self._begin(walk)
+        assert walk.again is not None, "what has begun"
+        following, walk.current, walk.previous = walk.current, walk.previous, None
         walk.front -= 1
-        record = self.records[walk.front]
-        current, previous = walk.current, walk.previous
-        assert previous is not None, "nothing lies before the first block"
-        if isinstance(record.frame, Relayout):
-            undo = partial(record.frame.undo, self.root, record.shapes)
-            walk.current, walk.previous = undo(current), undo(previous)
-            return
-        previous = restrided(previous, record.strides)
-        # Autograd runs later blocks first, so what they collected and nobody asked for can go.
-        walk.saved = {}
-        branch = self._rerun(walk, record, previous, collect)
         if record.anchor is not None:
-            name = self._name(walk.front)
+            name, found = self._name(walk.front), walk.current
             walk.current, walk.previous = record.anchor.pair(name)
-            assert isinstance(record.frame, Reverse), "anchors are in front of blocks"
-            walk.drift.note(name, record.frame.tolerance, previous, walk.current)
-            return
-        first = walk.front == 0
-        walk.current = previous
-        if first:
-            walk.previous = None
-            return
-        retreat = record.frame.coupling.retreat
-        walk.previous = retreat(current, previous, branch, record.draw, record.lost)
-
-    def _rerun(
-        self, walk: Walk, record: Record, stream: torch.Tensor, collect: bool
-    ) -> torch.Tensor:
-        """Run a branch again on its reconstructed input; collect what it saves if asked to."""
-        assert record.ambient is not None, "only links have no surroundings"
-        name = self._name(walk.front)
-        record.ambient.check_members(self.root, name)
-        sides = recall(record.sides, name)
-        frame = record.frame
-        assert isinstance(frame, Reverse), "only blocks have a branch"
-        # Recording gradients may choose another kernel, so an exact rerun records as the first did.
-        collect = collect or (frame.coupling.exact and record.recorded)
-        stream = stream.detach().requires_grad_(record.needs_grad and collect)
-        if not collect:
-            with record.ambient.restored(record=False), torch.no_grad():
-                result: torch.Tensor = frame.branch(self.root, stream, *sides)
-                return result
-        collected: dict[int, tuple[torch.Tensor, int]] = {}
-        stop = (walk.front == 0 or record.anchor is not None) and not walk.whole
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if isinstance(tensor, nn.Parameter):
-                return tensor
-            tensor = tensor.detach()
-            collected[len(collected)] = (tensor, tensor._version)
-            if stop and len(collected) == len(record.saved):
-                raise _Enough
-            return tensor
-
-        with (
-            record.ambient.restored(record=True),
-            torch.enable_grad(),
-            saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            try:
-                branch: torch.Tensor = frame.branch(self.root, stream, *sides)
-            except _Enough:  # what lies before the block needs no result: nothing, or an anchor
-                branch = stream
-        _compare(record, collected, name)
-        walk.saved = {walk.front: collected}
-        return branch.detach()
+            walk.drift.note(name, frame.tolerance, found, walk.current)
+        elif walk.front > 0:
+            (branch,) = walk.again.result(collect)
+            coupling = frame.coupling
+            walk.previous = coupling.retreat(
+                following, walk.current, branch, record.draw, record.lost
+            )
 
     def _name(self, index: int) -> str:
         frame = self.records[index].frame
         return frame.name if isinstance(frame, Reverse) else "a shape-only link"
 
 
-def _check_transforms() -> None:
+def check_transforms() -> None:
     """Refuse a transform of torch.func that saves tensors: it does not run hooks on them.
 
     Raises:
@@ -467,15 +478,4 @@ def _check_transforms() -> None:
             "which a reversible network keeps nothing. Set memory='store' on the rewired module "
             "for this call (the same network and parameters), or use torch.autograd.grad; vmap and "
             "jvp work as it is."
-        )
-
-
-def _compare(record: Record, collected: dict[int, tuple[torch.Tensor, int]], name: str) -> None:
-    """A rerun must save what the first run saved."""
-    again = [_meta(tensor) for tensor, _ in collected.values()]
-    if again != record.saved:
-        raise ReplayError(
-            f"{name}: the branch saved {len(record.saved)} tensors in the forward and "
-            f"{len(again)} other ones when it was run again: it is not deterministic (does it read "
-            "something that changes between calls?). Use memory='store' or make it deterministic."
         )

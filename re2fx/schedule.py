@@ -155,7 +155,7 @@ class Schedule:
     def _check(self) -> None:
         """Look at the couplings on the way before anything is trained with them."""
         parts = pieces_of(self.rev).values()
-        reversible = all(part.memory == "reversible" for part in parts)
+        reversible = all(part.memory != "store" for part in parts)
         for (first, before), (last, after) in pairwise(self.waypoints):
             crossed = any(p.b * q.b < 0 for p, q in zip(before, after, strict=True))
             if reversible and crossed and self.shape != "constant":

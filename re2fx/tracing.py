@@ -47,7 +47,7 @@ def traced_for_re2fx(number: int, coefficients: str) -> bool:
     module.prepare(ours)
     if ours or output is None:
         return ours
-    if module.memory == "reversible" and torch.is_grad_enabled() and not output.export:
+    if module.memory != "store" and torch.is_grad_enabled() and not output.export:
         warnings.warn(
             f"{type(module).__name__}: torch.compile with this backend stores the activations of a "
             "rewired model; only backend='re2fx' reconstructs them. The results are the same. Use "

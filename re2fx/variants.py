@@ -24,10 +24,12 @@ from torch.fx import Graph
 from .codegen import compile_graph
 from .couplings import PerChain
 from .errors import CaptureError, InputError, ModeMismatchError, Re2fxWarning, UncapturedError
+from .frames import Framed
 from .graph import lookup
 from .inputs import Call, InputSpec
 from .members import Members, dissolved
 from .plan import Plan, Residual
+from .planner import MemoryPlan
 from .program import Program
 from .rewired import Rewired
 from .sharding import check_dissolved
@@ -95,19 +97,30 @@ def constant(rewired: Rewired, model: nn.Module, couplings: PerChain) -> Rewired
     raise AssertionError("this module was made without the means to change its coupling")
 
 
+Frame = Callable[..., tuple[Framed, MemoryPlan]]
+
+
+def unplanned(*arguments: Any) -> tuple[Framed, MemoryPlan]:
+    """For modules whose memory nobody plans."""
+    raise AssertionError("this module was made without a planner")
+
+
 @dataclass(frozen=True)
 class Executors:
     """What runs a rewired graph besides its own code.
 
     Attributes:
-        outline: cuts it for the eager executor.
+        outline: ``outline(graph, model, wirings)`` cuts it for the eager executor; with a
+            `Framing` behind, everything that can be a frame is one.
         mark: writes its streams as marks, for the compiled one.
         recouple: rewires it once more, with another coupling per chain.
+        frame: plans the frames of one of its programs.
     """
 
-    outline: Callable[[Graph, nn.Module, tuple[Wiring, ...]], Program]
+    outline: Callable[..., Program]
     mark: Callable[[Graph, nn.Module, tuple[Wiring, ...], bool], Graph]
     recouple: Recouple = constant
+    frame: Frame = unplanned
 
 
 @dataclass
@@ -123,6 +136,8 @@ class Variant:
         functions: per mode the stored network.
         programs: per mode what the eager executor runs.
         marked: per mode and memory the network that the compiled executor traces.
+        framed: per mode the frames that were planned.
+        memory_plans: per mode what was planned, to be read.
     """
 
     inputs: InputSpec
@@ -133,13 +148,17 @@ class Variant:
     functions: dict[bool, Callable[..., Any]] = field(default_factory=dict)
     programs: dict[bool, Program] = field(default_factory=dict)
     marked: dict[tuple[bool, bool], Callable[..., Any]] = field(default_factory=dict)
+    framed: dict[bool, Framed] = field(default_factory=dict)
+    memory_plans: dict[bool, MemoryPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.couplings = self.rewired[True].couplings
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("inputs", "members", "surroundings")
-        return {**{name: getattr(self, name) for name in names}, "rewired": dict(self.rewired)}
+        plans = {"framed": dict(self.framed), "memory_plans": dict(self.memory_plans)}
+        given = {name: getattr(self, name) for name in names}
+        return {**given, **plans, "rewired": dict(self.rewired)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -226,8 +245,18 @@ class Variant:
         """What the eager executor runs in a mode."""
         if mode not in self.programs:
             rewired = self.settled(mode, model, executors)
-            self.programs[mode] = executors.outline(rewired.graph, model, rewired.wirings)
+            given = rewired.graph, model, rewired.wirings
+            if mode in self.framed:
+                self.programs[mode] = self.framed[mode].program(executors.outline, *given)
+            else:
+                self.programs[mode] = executors.outline(*given)
         return self.programs[mode]
+
+    def unframe(self) -> None:
+        """Forget what was planned."""
+        for mode in self.framed:
+            self.programs.pop(mode, None)
+        self.framed, self.memory_plans = {}, {}
 
     def mark(self, key: tuple[bool, bool], model: nn.Module, executors: Executors) -> None:
         """Make the code of a mode and a memory with the streams marked."""

@@ -1,0 +1,110 @@
+"""Which kind every frame of a program is: stored, reversed, checkpointed, and in how many slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph
+
+from .body import Body
+from .codegen import compile_graph
+from .framing import Framing
+from .program import Program, RunBlock, Segment, Step
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The kinds of a program's frames.
+
+    Attributes:
+        stored: per chain, how many of its last blocks are stored; the others are reversed.
+        checkpointed: the steps outside the chains that are checkpoints; the others are stored.
+        slices: in how many slices at most a part runs.
+    """
+
+    stored: tuple[int, ...]
+    checkpointed: frozenset[int]
+    slices: int = 1
+
+
+@dataclass(frozen=True)
+class Framed:
+    """How to make the program of a graph with frames of some kinds.
+
+    Attributes:
+        values: examples of the values of the graph by the names of its nodes, on ``meta``.
+        frames: the kinds.
+    """
+
+    values: Mapping[str, Any]
+    frames: Frames
+
+    def program(
+        self, outline: Callable[..., Program], graph: Graph, root: nn.Module, wirings: Any
+    ) -> Program:
+        """The program.
+
+        Args:
+            outline: cuts a graph into what the eager executor runs.
+            graph, root, wirings: what to cut, as for `outline`.
+        """
+        framing = Framing(self.values, root)
+        return framed(outline(graph, root, wirings, compile_graph, framing), self.frames)
+
+
+def blocks(program: Program) -> list[int]:
+    """How many blocks each chain has."""
+    counts: dict[int, int] = {}
+    for step in program.steps:
+        if isinstance(step, RunBlock):
+            counts[step.chain] = counts.get(step.chain, 0) + 1
+    return [counts[chain] for chain in sorted(counts)]
+
+
+def checkpoints(program: Program) -> list[int]:
+    """The steps that may be checkpoints."""
+    steps = enumerate(program.steps)
+    return [i for i, step in steps if isinstance(step, Segment) and step.frame is not None]
+
+
+def framed(program: Program, frames: Frames) -> Program:
+    """The program with frames of the given kinds.
+
+    Args:
+        program: every part of it that can be a frame is one.
+        frames: what they are to be.
+    """
+    left = blocks(program)
+
+    def step(index: int, given: Step) -> Step:
+        if isinstance(given, Segment):
+            if given.frame is None or index not in frames.checkpointed:
+                return replace(given, frame=None)
+            body = cut(given.frame.body, frames.slices)
+            return replace(given, frame=replace(given.frame, body=body))
+        if not isinstance(given, RunBlock):
+            return given
+        stored = left[given.chain] <= frames.stored[given.chain]
+        left[given.chain] -= 1
+        body_ = given.frame.body
+        whole = stored or body_ is None
+        frame = replace(
+            given.frame, stored=stored, body=None if whole else cut(body_, frames.slices)
+        )
+        return replace(given, frame=frame)
+
+    return replace(program, steps=tuple(step(i, given) for i, given in enumerate(program.steps)))
+
+
+def cut(body: Body, slices: int) -> Body:
+    """The body with its parts run in at most so many slices."""
+    parts = []
+    for part in body.parts:
+        if part.slicing is not None:
+            slicing = replace(part.slicing, slices=slices) if slices > 1 else None
+            part = replace(part, slicing=slicing)
+        parts.append(part)
+    return replace(body, parts=tuple(parts))

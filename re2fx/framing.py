@@ -1,0 +1,95 @@
+"""What of a program may be run again from its inputs, and where to cut it.
+
+Frames for the nodes outside the chains are cut where little crosses and much has been made since
+the last cut, so that what one of them needs while it is run again stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from . import ops
+from .aliases import Aliases
+from .body import Body
+from .graph import Flow
+from .partition import Compile, partition
+from .slicing import regions
+
+NARROW = 4  # bytes made since the last cut per byte that crosses
+
+
+class Framing:
+    """Makes frames of the parts of a rewired graph.
+
+    Args:
+        values: example values by the names of the graph's nodes; meta tensors do.
+        root: the module that targets are looked up in.
+    """
+
+    def __init__(self, values: Mapping[str, Any], root: nn.Module) -> None:
+        self.values, self.root = values, root
+
+    def value(self, node: Node) -> Any:
+        """The example value of a node, or of its copy in another graph."""
+        return self.values.get(node.name)
+
+    def split(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        """Ordinary nodes that run one after the other, cut where little crosses."""
+        last = {value: i for i, node in enumerate(nodes) for value in node.all_input_nodes}
+        pieces: list[list[Node]] = [[]]
+        made, crossing = 0, dict[Node, int]()
+        for index, node in enumerate(nodes):
+            pieces[-1].append(node)
+            own = nbytes(self.value(node)) if node.op != "get_attr" else 0
+            made += 0 if ops.may_alias(node, self.root) else own
+            if last.get(node, -1) > index:
+                crossing[node] = own
+            crossing = {n: size for n, size in crossing.items() if last[n] > index}
+            narrow = 0 < sum(crossing.values()) * NARROW <= made
+            if narrow and len(crossing) == 1 and index + 1 < len(nodes):
+                pieces.append([])
+                made = 0
+        return pieces
+
+    def body(self, graph: Graph, compile: Compile, name: str) -> Body:
+        """The body that runs a frame's graph, in slices where its nodes are independent."""
+        values = {node: self.value(node) for node in graph.nodes}
+        known = all(v is not None for node, v in values.items() if node.op == "placeholder")
+        found = regions(graph, self.root, values) if known else []
+        return partition(graph, self.root, found, values, compile, name)
+
+
+def may_run_again(flow: Flow, aliases: Aliases, nodes: Sequence[Node]) -> bool:
+    """Whether nodes give the same result when they are run again from what they read.
+
+    Not if the memory of an input is written to there or later, and not if they switch the state
+    that operations run under.
+    """
+    if any(ops.switches_context(node) for node in nodes):
+        return False
+    own = set(nodes)
+    first = min(flow.position[node] for node in nodes)
+    before = flow.nodes[max(first - 1, 0)]
+    reads = {value for node in nodes for value in node.all_input_nodes} - own
+    return all(
+        aliases.write_after(value, before) is None for value in reads if value.op != "get_attr"
+    )
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the tensors in a value."""
+    tensors = (x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def leaves(values: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among example values."""
+    for value in pytree.tree_leaves(dict(values)):
+        if isinstance(value, torch.Tensor):
+            yield value

@@ -1,0 +1,266 @@
+"""Fits a training step into memory: which frames are stored, reversed, checkpointed, and in slices.
+
+Every candidate is a program, and every program's step is run on fake tensors to see its peak
+(`re2fx.foresight`); nothing is estimated by formula. Candidates lie on a line, for each number of
+slices: everything that can be a frame is one, and then, frame by frame, what is dearest to run
+again per byte is stored instead. A chain stores its last blocks, since what is undone must end in
+front of them; they are also the first that a backward frees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from .budget import Memory
+from .errors import BudgetError
+from .foresight import Forecast, Foreseen
+from .frames import Frames, blocks, checkpoints, framed
+from .memory import storage_key
+from .program import Program, RunBlock, Segment
+from .text import amount
+
+SLICES = (1, 2, 4, 8, 16, 32, 64)
+ENOUGH = 0.02  # more slices must shrink the peak by this share
+OPERATIONS = {"cpu": 10, "cuda": 100}  # floating-point operations in the time of one byte moved
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A frame that may be stored instead of run again.
+
+    Attributes:
+        step: its place in the program.
+        chain: of a block; -1 outside the chains.
+        cost: of running it again, in floating-point operations.
+        kept: bytes that it keeps if it is stored.
+    """
+
+    step: int
+    chain: int
+    cost: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a training step was fitted into memory; print it.
+
+    Attributes:
+        memory: what was asked for: a name, or a budget in bytes.
+        frames: the kind of every frame.
+        predicted: the step as planned.
+        stored: the step with nothing run again.
+        where: the frame that the backward was in at the peak.
+        counts: how many frames there are of each kind.
+    """
+
+    memory: Memory
+    frames: Frames
+    predicted: Foreseen
+    stored: Foreseen
+    where: str
+    counts: dict[str, int]
+
+    @property
+    def work(self) -> float:
+        """Operations of the step, of those of the stored one."""
+        return weigh(self.predicted) / weigh(self.stored)
+
+    def __str__(self) -> str:
+        asked = f"a budget of {amount(self.memory)}" if isinstance(self.memory, int) else "lowest"
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.counts.items() if number)
+        peak, stored = self.predicted.peak.peak, self.stored.peak.peak
+        return (
+            f"memory plan for {asked}: {amount(peak)} at the highest, predicted; stored execution "
+            f"takes {amount(stored)}, {stored / max(peak, 1):.1f} times as much\n"
+            f"  frames: {kinds}\n"
+            f"  work: {self.work:.2f} times that of stored execution\n"
+            f"  highest in the {self.predicted.phase}, {self.where}"
+        )
+
+
+def weigh(step: Foreseen) -> float:
+    """Work of a step, in floating-point operations."""
+    return step.flops + OPERATIONS.get(step.peak.device.split(":")[0], 10) * step.moved
+
+
+class Planner:
+    """Chooses the frames of one program.
+
+    Args:
+        program: every part of it that can be a frame is one.
+        forecast: predicts steps.
+        run: ``run(program)`` runs the forward of one on fake tensors and returns a loss.
+        name: of the model, for messages.
+    """
+
+    def __init__(
+        self, program: Program, forecast: Forecast, run: Callable[..., torch.Tensor], name: str
+    ) -> None:
+        self.program, self.forecast, self.run, self.name = program, forecast, run, name
+        self.blocks = blocks(program)
+        self.frames = frozenset(checkpoints(program))
+        self._seen: dict[Frames, Foreseen] = {}
+        self._where: dict[Frames, str] = {}
+        self.all_stored = Frames(tuple(self.blocks), frozenset())
+        self.units = self._ordered()
+
+    def plan(self, memory: Memory) -> MemoryPlan:
+        """The cheapest frames that fit.
+
+        Raises:
+            BudgetError: none do.
+        """
+        frames = self._lowest() if memory == "lowest" else self._within(int(memory))
+        return MemoryPlan(
+            memory,
+            frames,
+            self.foresee(frames),
+            self.foresee(self.all_stored),
+            self._where[frames],
+            self._counts(frames),
+        )
+
+    def foresee(self, frames: Frames) -> Foreseen:
+        """A step with frames of some kinds."""
+        if frames not in self._seen:
+            program = framed(self.program, frames)
+            self._seen[frames], self._where[frames] = self.forecast.step(lambda: self.run(program))
+        return self._seen[frames]
+
+    def _peak(self, frames: Frames) -> int:
+        return self.foresee(frames).peak.peak
+
+    def _line(self, stored: int, slices: int) -> Frames:
+        """The candidate that stores so many of the units."""
+        units = self.units[:stored]
+        chains = tuple(sum(u.chain == chain for u in units) for chain in range(len(self.blocks)))
+        return Frames(chains, self.frames.difference(unit.step for unit in units), slices)
+
+    def _lowest(self) -> Frames:
+        """Everything a frame, in as many slices as still make a difference."""
+        candidates = [self._line(0, slices) for slices in self._slices()]
+        least = min(map(self._peak, candidates))
+        return next(c for c in candidates if self._peak(c) <= least * (1 + ENOUGH))
+
+    def _within(self, budget: int) -> Frames:
+        """The least work within a budget."""
+        if self._peak(self.all_stored) <= budget:
+            return self.all_stored
+        found = []
+        for slices in self._slices():
+            stored = self._most_stored(budget, slices)
+            if stored is not None:
+                found.append(self._line(stored, slices))
+                if stored == len(self.units):
+                    break
+        if not found:
+            raise BudgetError(self._too_small(budget))
+        least = min(weigh(self.foresee(frames)) for frames in found)
+        return next(f for f in found if weigh(self.foresee(f)) <= least * (1 + ENOUGH))
+
+    def _most_stored(self, budget: int, slices: int) -> int | None:
+        """How many units can be stored within a budget; None if it is too small for none."""
+        if self._peak(self._line(0, slices)) > budget:
+            return None
+        low, high = 0, len(self.units)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._peak(self._line(middle, slices)) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _slices(self) -> Sequence[int]:
+        steps = self.program.steps
+        bodies = [s.frame.body for s in steps if isinstance(s, (RunBlock, Segment)) and s.frame]
+        parts = [part for body in bodies if body is not None for part in body.parts]
+        most = max((part.slicing.slices for part in parts if part.slicing is not None), default=1)
+        return [slices for slices in SLICES if slices <= most] or [1]
+
+    def _too_small(self, budget: int) -> str:
+        lowest = self._lowest()
+        return (
+            f"{self.name}: a budget of {amount(budget)} is below the least that one training step "
+            f"can take, {amount(self._peak(lowest))} (memory='lowest'). At its highest it is in "
+            f"the {self.foresee(lowest).phase}, {self._where[lowest]}. Use smaller inputs or a "
+            "larger budget."
+        )
+
+    def _counts(self, frames: Frames) -> dict[str, int]:
+        stored = sum(frames.stored)
+        program = framed(self.program, frames)
+        bodies = [
+            step.frame.body
+            for step in program.steps
+            if isinstance(step, (RunBlock, Segment)) and step.frame is not None
+        ]
+        sliced = sum(body is not None and body.sliced for body in bodies)
+        return {
+            "blocks reversed": sum(self.blocks) - stored,
+            "blocks stored": stored,
+            "checkpoints": len(frames.checkpointed),
+            "segments stored": len(self.frames) - len(frames.checkpointed),
+            f"of them in up to {frames.slices} slices": sliced,
+        }
+
+    # what storing a frame takes, and what it spares
+
+    def _ordered(self) -> list[Unit]:
+        """All units, those first whose storing spares most work per byte; chains from the end."""
+        units = self._profile()
+        chains = {
+            chain: sorted((u for u in units if u.chain == chain), key=lambda u: -u.step)
+            for chain in range(len(self.blocks))
+        }
+        waiting = [[unit] for unit in units if unit.chain < 0] + list(chains.values())
+        ordered: list[Unit] = []
+        while waiting:
+            best = max(waiting, key=_merit)
+            ordered.append(best.pop(0))
+            waiting = [units for units in waiting if units]
+        return ordered
+
+    def _profile(self) -> list[Unit]:
+        """Cost and kept bytes of every unit, read off one stored forward."""
+        program = framed(self.program, self.all_stored)
+        meter, seen, units = self.forecast, set(self.forecast.members), []
+        kept = [0]
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            key = storage_key(tensor)
+            if key not in seen:
+                seen.add(key)
+                kept[0] += tensor.untyped_storage().nbytes()
+            return tensor
+
+        before = 0.0
+
+        def after(index: int) -> None:
+            nonlocal before
+            now = meter.work(OPERATIONS)
+            step = self.program.steps[index]
+            if isinstance(step, RunBlock):
+                units.append(Unit(index, step.chain, now - before, kept[0]))
+            elif index in self.frames:
+                units.append(Unit(index, -1, now - before, kept[0]))
+            before, kept[0] = now, 0
+
+        def forward() -> torch.Tensor:
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                return self.run(program, after)
+
+        self._seen[self.all_stored], self._where[self.all_stored] = self.forecast.step(forward)
+        return units
+
+
+def _merit(units: Sequence[Unit]) -> float:
+    """Work spared per byte by storing the next unit; of a chain, by all that are left of it."""
+    return sum(unit.cost for unit in units) / max(1, sum(unit.kept for unit in units))
+
