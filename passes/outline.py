@@ -253,9 +253,11 @@ class _Outliner:
         function = self.compile(graph, f"branch {step.branch}")
         kept = self.anchored[group.chain][step]
         lookup, tolerance = Lookup(targets), self.wirings[group.chain].tolerance
-        parts = self.framing and self.framing.body(graph, self.compile, f"branch {step.branch}")
-        body = parts if parts and parts.sliced else None
-        frame = Reverse(function, step.coupling, lookup, name, kept, tolerance, body)
+        parts = None
+        if self.framing is not None:
+            made = self.framing.body(graph, self.compile, f"branch {step.branch}")
+            parts = made if made.sliced else None
+        frame = Reverse(function, step.coupling, lookup, name, kept, tolerance, parts)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None
         self.emit(RunBlock(group.chain, frame, tuple(map(self.slot, sides)), slot), sides)

@@ -36,6 +36,7 @@ from .pieces import Part, Pieces, Rewire, rewire_inside, rewire_pieces
 from .piecewise import Account, PiecewiseModule, merged_plan
 from .pipeline import make_plan, recouple, rewire_modes, rewire_plan
 from .plan import Plan
+from .planner import plan_frames
 from .policy import Policy, Select, has_tensors
 from .sharding import check_not_sharded
 from .twins import say_given_classes
@@ -218,7 +219,7 @@ def rewire_captured(
     if not train.plan.chains:
         return Part(None, train.plan, captured)
     inputs, constants = captured.inputs, captured.constants
-    executors = Executors(outline, mark, recouple)
+    executors = Executors(outline, mark, recouple, plan_frames)
     traced = captured.route in routes.ROUTES  # else the graph was given, and is all there is
     again = recipe(model, captured, options, leaves, train.plan) if traced else None
     rev = RewiredModule(model, train, eval_, inputs, constants, options.memory, executors, again)

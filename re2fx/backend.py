@@ -106,6 +106,11 @@ class Settings:
             raise OptionError(f"scope={self.scope!r}: expected one of 'graph', 'region'")
         if self.scope == "region" and self.memory == "store":
             raise OptionError("scope='region' runs reversibly; memory='store' needs scope='graph'")
+        if self.memory not in ("reversible", "store"):
+            raise OptionError(
+                f"memory={self.memory!r} is planned for the eager executor: use re2fx.transform, "
+                "or 'reversible' or 'store' here"
+            )
         _ = self.rewiring, self.inner
         if self.exact and self.memory == "reversible" and self.whole:
             raise OptionError(f"exact={self.exact!r}: {EXACT_IN_REGIONS}")

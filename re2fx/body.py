@@ -17,7 +17,7 @@ of the whole, unless a later part needs that first. No FX in here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -88,10 +88,10 @@ class Slicing:
     def _holds(self, root: Any) -> bool:
         """Whether the modules are of their classes, without hooks, and draw no random numbers."""
         for target, kind in self.modules:
-            module: Any = _member(root, target)
+            module = _member(root, target)
             if type(module) is not kind or _hooked(module):
                 return False
-            if target in self.quiet and module.training and module.p:
+            if target in self.quiet and _draws(module):
                 return False
         return True
 
@@ -296,6 +296,19 @@ class Trace:
             yield from span.ambient.earlier.values()
 
 
+_watchers: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def watching(watcher: Callable[[str], None]) -> Iterator[None]:
+    """Be told the name of every frame that is brought back in here, by any thread."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
 class Enough(Exception):
     """Everything a rerun was for is there."""
 
@@ -326,6 +339,8 @@ class Again:
     ) -> None:
         self.trace, self.root, self.name, self.wanted = trace, root, name, wanted
         self.exact = exact and trace.recorded
+        for watcher in _watchers:
+            watcher(name)
         self.saved: Saved = {}
         self._left = set(range(len(trace.saved)))
         self._values: list[Any] = [*inputs]
@@ -523,6 +538,10 @@ def _member(root: Any, target: str) -> Any:
     for name in target.split("."):
         root = getattr(root, name, None)
     return root
+
+
+def _draws(dropout: Any) -> bool:
+    return bool(dropout.training and dropout.p)
 
 
 def _hooked(module: Any) -> bool:

@@ -9,6 +9,7 @@ in ``torch.utils.checkpoint``. No FX in here.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -88,5 +89,12 @@ class CheckpointCall:
         if task != -1:
             self._agains[task] = again
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(self._agains.pop, task, None))
+            engine.queue_callback(partial(_forget, weakref.ref(self), task))
         return again
+
+
+def _forget(call: weakref.ref[CheckpointCall], task: int) -> None:
+    """The end of a backward; the call itself may have gone with the graph."""
+    alive = call()
+    if alive is not None:
+        alive._agains.pop(task, None)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from types import FrameType
@@ -26,9 +27,11 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .body import watching
 from .errors import OptionError
 from .fake import Fakes, fake_twin, predicting
 from .inputs import split
+from .memory import storage_key
 from .peak import Peak
 from .workspace import Rule, nbytes, rule_of
 
@@ -87,19 +90,65 @@ def foresee(
         CaptureError: what the model allocates depends on the values of tensors.
         OptionError: nothing in the model's result requires a gradient.
     """
-    fakes = Fakes()
-    twin = fake_twin(model, fakes)
-    args, kwargs = fakes.tree(split(example_inputs))
-    with predicting(fakes, type(model).__name__):
-        _give_grads(twin, grads)
-        there = _tensors(twin, args, kwargs)
-        meter = _Meter(there, there[0].device if there else torch.device("cpu"), _alone())
-        with meter:
-            result = (loss or total)(twin(*args, **kwargs))
-            meter.turn = len(meter.timeline)
-            result.backward()
-            del result
-    return meter.summary(tuple(sorted(fakes.untold)))
+    args, kwargs = split(example_inputs)
+    forecast = Forecast(model, (args, kwargs), grads)
+    args, kwargs = forecast.given
+    return forecast.step(lambda: (loss or total)(forecast.twin(*args, **kwargs)))[0]
+
+
+class Forecast:
+    """Predicts steps of one model, several of them.
+
+    Args:
+        model: any module; it stays as it is.
+        given: tensors in any structure, to run it on.
+        grads: as for `foresee`.
+
+    Attributes:
+        twin: the model with fake tensors.
+        given: the same structure with fake tensors.
+        fakes: makes them.
+        members: the storages of parameters and buffers, by `re2fx.memory.storage_key`.
+    """
+
+    def __init__(self, model: nn.Module, given: Any, grads: bool = True) -> None:
+        self.fakes, self._name = Fakes(), type(model).__name__
+        self.twin = fake_twin(model, self.fakes)
+        self.given = self.fakes.tree(given)
+        self._grads = grads
+        own = (*self.twin.parameters(), *self.twin.buffers())
+        self.members = {storage_key(tensor) for tensor in own}
+        self._meter: _Meter | None = None
+
+    def step(self, forward: Callable[[], Tensor]) -> tuple[Foreseen, str]:
+        """One training step.
+
+        Args:
+            forward: runs `twin`, or its parts, and returns a loss.
+
+        Returns:
+            what it takes, and the frame that had been brought back last where it takes most.
+        """
+        with self.running():
+            _give_grads(self.twin, self._grads)
+            there = _tensors(self.twin, self.given)
+            device = there[0].device if there else torch.device("cpu")
+            self._meter = meter = _Meter(there, device, _alone())
+            with meter, watching(meter.enter):
+                result = forward()
+                meter.turn = len(meter.timeline)
+                torch.autograd.backward(result)
+                del result
+        return meter.summary(tuple(sorted(self.fakes.untold))), meter.where
+
+    def running(self) -> AbstractContextManager[None]:
+        """Fake tensors run in here."""
+        return predicting(self.fakes, self._name)
+
+    def work(self) -> tuple[int, int]:
+        """Operations and bytes moved so far in the step that runs."""
+        assert self._meter is not None, "asked from inside a step"
+        return self._meter.work
 
 
 def total(output: Any) -> Tensor:
@@ -125,9 +174,9 @@ def _give_grads(twin: nn.Module, grads: bool) -> None:
         parameter.grad = torch.zeros_like(parameter) if filled else None
 
 
-def _tensors(twin: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+def _tensors(twin: nn.Module, given: Any) -> list[Tensor]:
     """All that is there before the step."""
-    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
     grads = [x.grad for x in twin.parameters() if x.grad is not None]
     return [*twin.parameters(), *twin.buffers(), *grads, *given]
 
@@ -235,12 +284,15 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         timeline: ``(operators so far, bytes)`` after each change.
         turn: where in the timeline the backward begins.
+        where: the frame that was brought back last at the highest.
     """
 
     def __init__(self, there: Iterable[Tensor], device: torch.device, alone: _Holders) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.timeline: list[tuple[float, int]] = [(0, 0)]
         self.turn = 0
+        self.where = ""
+        self._place, self._highest = "", 0
         self._device, self._alone = device, alone
         self._flops, self._moved, self._bytes, self._steps = 0, 0, 0, 0
         self._there = {id(s): s for s in (tensor.untyped_storage() for tensor in there)}
@@ -310,7 +362,18 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _change(self, size: int) -> None:
         if size:
             self._bytes += size
+            if self._bytes > self._highest:
+                self._highest, self.where = self._bytes, self._place
             self.timeline.append((self._steps, self._bytes))
+
+    def enter(self, place: str) -> None:
+        """Note the frame that is brought back."""
+        self._place = place
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """Operations, and bytes moved, so far."""
+        return self._flops, self._moved
 
     def _pass(self, size: int) -> None:
         """Bytes that are there for a moment."""

@@ -89,12 +89,9 @@ def framed(program: Program, frames: Frames) -> Program:
             return given
         stored = left[given.chain] <= frames.stored[given.chain]
         left[given.chain] -= 1
-        body_ = given.frame.body
-        whole = stored or body_ is None
-        frame = replace(
-            given.frame, stored=stored, body=None if whole else cut(body_, frames.slices)
-        )
-        return replace(given, frame=frame)
+        parts = given.frame.body
+        body = None if stored or parts is None else cut(parts, frames.slices)
+        return replace(given, frame=replace(given.frame, stored=stored, body=body))
 
     return replace(program, steps=tuple(step(i, given) for i, given in enumerate(program.steps)))
 

@@ -203,7 +203,8 @@ class RewiredModule(GraphModule):
         """The plan for calls of one kind, made if there is none."""
         mode = self.training
         if mode not in variant.memory_plans:
-            made = self._executors.frame(self._live, variant, mode, inputs, self._memory)
+            given = self._live, variant, mode, inputs, self._memory, self._executors
+            made = self._executors.frame(*given)
             variant.framed[mode], variant.memory_plans[mode] = made
             variant.programs.pop(mode, None)
         return variant.memory_plans[mode]

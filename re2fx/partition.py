@@ -45,7 +45,7 @@ def partition(
     """
     (output,) = (node for node in graph.nodes if node.op == "output")
     given = output.args[0]
-    outputs = [given] if isinstance(given, Node) else list(given)  # type: ignore[arg-type]
+    outputs = [given] if isinstance(given, Node) else list(given)
     places: dict[Node, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -15,11 +15,15 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx import Graph, Interpreter, Node
+from torch.utils import _pytree as pytree
 
 from .budget import Memory
 from .errors import BudgetError
-from .foresight import Forecast, Foreseen
-from .frames import Frames, blocks, checkpoints, framed
+from .codegen import compile_graph
+from .foresight import Forecast, Foreseen, total
+from .frames import Framed, Frames, blocks, checkpoints, framed
+from .framing import Framing
 from .memory import storage_key
 from .program import Program, RunBlock, Segment
 from .text import amount
@@ -86,7 +90,8 @@ class MemoryPlan:
 
 def weigh(step: Foreseen) -> float:
     """Work of a step, in floating-point operations."""
-    return step.flops + OPERATIONS.get(step.peak.device.split(":")[0], 10) * step.moved
+    device = step.peak.device.split(":")[0]
+    return step.flops + OPERATIONS.get(device, OPERATIONS["cpu"]) * step.moved
 
 
 class Planner:
@@ -104,6 +109,8 @@ class Planner:
     ) -> None:
         self.program, self.forecast, self.run, self.name = program, forecast, run, name
         self.blocks = blocks(program)
+        device = next(forecast.twin.parameters(), torch.empty(0)).device.type
+        self._per_byte = OPERATIONS.get(device, OPERATIONS["cpu"])
         self.frames = frozenset(checkpoints(program))
         self._seen: dict[Frames, Foreseen] = {}
         self._where: dict[Frames, str] = {}
@@ -244,7 +251,7 @@ class Planner:
 
         def after(index: int) -> None:
             nonlocal before
-            now = meter.work(OPERATIONS)
+            now = meter.work()[0] + self._per_byte * meter.work()[1]
             step = self.program.steps[index]
             if isinstance(step, RunBlock):
                 units.append(Unit(index, step.chain, now - before, kept[0]))
@@ -264,3 +271,70 @@ def _merit(units: Sequence[Unit]) -> float:
     """Work spared per byte by storing the next unit; of a chain, by all that are left of it."""
     return sum(unit.cost for unit in units) / max(1, sum(unit.kept for unit in units))
 
+
+
+def plan_frames(
+    live: Any,
+    variant: Any,
+    mode: bool,
+    inputs: Sequence[Any],
+    memory: Memory,
+    executors: Any,
+) -> tuple[Framed, MemoryPlan]:
+    """Plan the frames of a rewired network for one way of calling it.
+
+    Args:
+        live: what its graphs look their targets up on.
+        variant: the network as captured.
+        mode: train or eval.
+        inputs: the placeholders' values in a call; what is planned holds for other sizes too, but
+            is predicted for theirs.
+        memory: ``"lowest"`` or a budget in bytes.
+        executors: what runs the graph.
+
+    Raises:
+        BudgetError: the budget is below what a step takes at the least.
+        CaptureError: what the model allocates depends on the values of tensors.
+    """
+    rewired = variant.settled(mode, live._model, executors)
+    forecast = Forecast(live._model, (list(inputs), live._constants))
+    given, constants = forecast.given
+    root = type(live)(forecast.twin, constants)
+    values = example_values(rewired.graph, root, given, forecast)
+    framing = Framing(values, forecast.twin)
+    program = executors.outline(rewired.graph, forecast.twin, rewired.wirings, compile_graph, framing)
+
+    def run(candidate: Program, after: Callable[[int], None] | None = None) -> torch.Tensor:
+        return total(candidate.run(root, given, after))
+
+    plan = Planner(program, forecast, run, variant.inputs.owner).plan(memory)
+    return Framed(values, plan.frames), plan
+
+
+def example_values(graph: Graph, root: Any, given: Sequence[Any], forecast: Forecast) -> dict[str, Any]:
+    """What the nodes of a graph come to, by their names, on ``meta``."""
+    reader = _Reader(root, graph)
+    with forecast.running(), torch.no_grad():
+        reader.run(*given)
+    return reader.values
+
+
+class _Reader(Interpreter):
+    """Notes the value of every node."""
+
+    def __init__(self, root: Any, graph: Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one and note what it comes to."""
+        value = super().run_node(n)
+        if n.op != "output":
+            self.values[n.name] = pytree.tree_map_only(torch.Tensor, _on_meta, value)
+        return value
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+    ).requires_grad_(tensor.requires_grad and tensor.is_floating_point())

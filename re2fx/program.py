@@ -46,7 +46,7 @@ class Segment:
         calls = _recording.get()
         if calls is not None:
             calls.checkpoints.append(call)
-        return outputs if self.outputs else outputs[0]
+        return outputs if self.outputs or not outputs else outputs[0]
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,26 @@ class Program:
 
         return replace(self, steps=tuple(map(step, self.steps)))
 
-    def run(self, root: Any, inputs: Sequence[Any]) -> Any:
-        """Run all steps; return what the last one returns."""
+    def run(
+        self, root: Any, inputs: Sequence[Any], after: Callable[[int], None] | None = None
+    ) -> Any:
+        """Run all steps; return what the last one returns.
+
+        Args:
+            root: holds the members.
+            inputs: the first values.
+            after: called with the number of each step when it has run.
+        """
         values: list[Any] = [*inputs, *([None] * (self.slots - len(inputs)))]
         calls: dict[int, ChainCall] = {}
         result: Any = None
         try:
-            for step, frees in zip(self.steps, self.frees, strict=True):
+            for index, (step, frees) in enumerate(zip(self.steps, self.frees, strict=True)):
                 result = self._do(step, root, values, calls)
                 for slot in frees:
                     values[slot] = None
+                if after is not None:
+                    after(index)
         finally:
             for call in calls.values():  # none, unless a step raised
                 call.abandon()

@@ -222,6 +222,8 @@ class Variant:
             if self.rewired[mode].swaps(couplings)
         }
         self.forget()
+        if len(programs) < len(self.rewired):
+            self.framed, self.memory_plans = {}, {}
         self.programs.update(programs)
         self.couplings = couplings
 
