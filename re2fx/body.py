@@ -540,8 +540,9 @@ def _member(root: Any, target: str) -> Any:
     return root
 
 
-def _draws(dropout: Any) -> bool:
-    return bool(dropout.training and dropout.p)
+def _draws(module: Any) -> bool:
+    """Whether a dropout, or an attention with one, draws random numbers."""
+    return bool(module.training and getattr(module, "p", getattr(module, "dropout", 0)))
 
 
 def _hooked(module: Any) -> bool:

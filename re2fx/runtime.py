@@ -132,7 +132,8 @@ class ChainCall:
     Attributes:
         records: per block and link what is needed to run it again.
         states: the last two of the stream, ``(p_n, p_{n-1})``, detached; set by `leave`. As a
-            backward frees the graph they move along with it, and the records behind them go.
+            backward frees the graph they move along with it, and the records behind them go; in
+            front of the first block there is no second one.
         recorded: whether somebody else looks at the call, so that its states stay where they are.
     """
 
@@ -140,7 +141,8 @@ class ChainCall:
         check_transforms()
         self.root = root
         self.records: list[Record] = []
-        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.states: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._front = 0  # the record that the states lie in front of
         self._streams: tuple[torch.Tensor, torch.Tensor] | None = (
             start,
             start if before is None else before,
@@ -163,8 +165,10 @@ class ChainCall:
         """The numbers of the last two stream states, once the chain has ended."""
         if self.states is None:
             return None
-        current, previous = map(self.coupling.decode, self.states)
-        return current, previous
+        current, previous = self.states
+        assert previous is not None, "the states of a recorded call do not move"
+        decode = self.coupling.decode
+        return decode(current), decode(previous)
 
     @property
     def streams(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,7 +247,7 @@ class ChainCall:
 
     def kept(self) -> Iterator[torch.Tensor]:
         """Every tensor the call keeps: streams, side inputs, generator states, buffer copies."""
-        yield from self.states or ()
+        yield from (state for state in self.states or () if state is not None)
         for record in self.records:
             yield from tensors_of(record.sides)
             if record.anchor is not None:
@@ -265,7 +269,7 @@ class ChainCall:
         """Keep the states behind the blocks that are undone."""
         if self.states is None:
             current, previous = self.streams
-            self.states = (current.detach(), previous.detach())
+            self.states, self._front = (current.detach(), previous.detach()), len(self.records)
 
     def abandon(self) -> None:
         """End a forward that raised.
@@ -288,6 +292,7 @@ class ChainCall:
             if walk.front > block and (walk.again.complete or not walk.again.wanted):
                 with torch.no_grad():
                     self._step_back(walk)
+                self._let_go(walk)
             if walk.again.exhausted:
                 walk.again = None
         check_version(tensor, version, self._name(block))
@@ -347,7 +352,7 @@ class ChainCall:
                 "a gradient was asked for inside the forward of a chain that has not ended; use "
                 "memory='store' for models that differentiate inside their forward"
             )
-        return Walk(len(self.records), *self.states)
+        return Walk(self._front, *self.states)
 
     def _walk_of(self, task: int) -> Walk:
         """The walk of the running backward; one of its own for an access outside of any."""
@@ -372,14 +377,15 @@ class ChainCall:
         self._alive[block] -= 1
 
     def _let_go(self, walk: Walk) -> None:
-        """Keep the pair that a walk has come to instead of the last one, if nobody can ask for
-        what lies between them any more."""
+        """Keep the pair that a walk has come to instead of the last one.
+
+        Unless somebody can still ask for what lies between them: of a block in front of which the
+        walk stands, whose input it has, even that does no harm.
+        """
         front = walk.front
-        if self.recorded or len(self._walks) != 1 or any(self._alive[front:]):
-            return
-        assert walk.previous is not None, "a walk that goes on"
-        self.states = (walk.current, walk.previous)
-        del self.records[front:], self._alive[front:]
+        if not self.recorded and len(self._walks) == 1 and not any(self._alive[front + 1 :]):
+            self.states, self._front = (walk.current, walk.previous), front
+            del self.records[front + 1 :], self._alive[front + 1 :]
 
     def _bring_back(self, walk: Walk, block: int) -> None:
         """Walk to a block and collect what it saves, from the end again if it was passed.
@@ -398,7 +404,6 @@ class ChainCall:
             self._skip_to_anchor(walk, block)
             while walk.front > block + 1:
                 self._step_back(walk)
-            self._let_go(walk)
             self._begin(walk)
 
     def _begin(self, walk: Walk) -> None:
