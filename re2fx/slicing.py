@@ -54,6 +54,17 @@ def regions(
     return found
 
 
+def region_from(
+    graph: Graph, root: nn.Module, values: Mapping[Node, Any], start: Node, dim: int
+) -> Region | None:
+    """The largest region that begins at one value, along one of its dimensions."""
+    facts = Facts(graph, root, values)
+    if facts.transformed or not facts.is_plain(start) or facts.values[start].shape[dim] < 2:
+        return None
+    search = _Search(facts, (), 2, {})
+    return _Growth(search, (start, Along(dim, 1), facts.values[start].shape[dim])).region()
+
+
 class _Search:
     """Regions of a graph in which some have been found already."""
 
