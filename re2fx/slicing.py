@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .slicing_calls import Along, Call, State, fits
-from .slicing_facts import Facts
+from .slicing_facts import Facts as Facts
 from .slicing_region import Region as Region
 from .slicing_region import order as order
 from .slicing_shapes import EXPANSIONS, RESHAPES, first_read, sizes
@@ -258,14 +258,14 @@ class _Growth:
         size = self.facts.made(nodes, [*read, *outputs])
         if not size:
             return None
-        names = dict.fromkeys(str(n.target) for n in nodes if may_draw(self.facts.module(n)))
+        drawing = (n for n in self.nodes if n in nodes and may_draw(self.facts.module(n)))
         return Region(
             nodes=tuple(sorted((*nodes, *numbers), key=self.place)),
             sliced={value: _pair(self.sliced[value]) for value in parts},
             whole=tuple(sorted(whole, key=self.place)),
             outputs={value: _pair(state) for value, state in outputs.items()},
             items=self.items,
-            quiet=tuple(names),
+            quiet=tuple(dict.fromkeys(str(n.target) for n in drawing)),
             bytes=size,
             constants=self.facts.constants,
             forms=self.forms(nodes),

@@ -74,6 +74,31 @@ def run_written(region: Region, root: nn.Module, given: Mapping[Node, Any]) -> l
     return [known[node] for node in region.outputs]
 
 
+def run_contracted(
+    graph: Graph, root: nn.Module, values: Values, found: Sequence[Region], *inputs: Any
+) -> Any:
+    """What a graph returns with regions run by slices, in the order that they can be run in."""
+    items = order(Facts(graph, root, values), found)
+    assert items is not None
+    known: Values = dict(
+        zip((n for n in graph.nodes if n.op == "placeholder"), inputs, strict=True)
+    )
+    runner = Interpreter(root, graph=graph)
+    runner.env = known
+    for item in items:
+        if isinstance(item, Region):
+            members = {n: lookup(root, str(n.target)) for n in item.sliced if n.op == "get_attr"}
+            sliced = [members[n] if n in members else known[n] for n in item.sliced]
+            whole = [known[n] for n in item.whole]
+            function = compile_graph(item.graph(), "slice")
+            results = run_sliced(function, root, sliced, whole, item, min(3, item.items))
+            known.update(zip(item.outputs, results, strict=True))
+        elif item.op != "placeholder":
+            known[item] = runner.run_node(item)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    return known[output]
+
+
 def leaf(value: Tensor) -> Tensor:
     """A copy that gradients are asked of."""
     return value.detach().clone().requires_grad_(value.is_floating_point())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import random
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from re2fx.slicing import Region, region_from, regions
 from re2fx.torchvision_shim import ensure_torchvision
 
 from .models import ConvBlock
-from .slices import Values, assert_order, assert_slices, values_of
+from .slices import Values, assert_order, assert_slices, run_contracted, values_of
 
 ensure_torchvision()
 
@@ -369,6 +370,10 @@ def all_hold(module: fx.GraphModule, values: Values, least: int = 2) -> list[Reg
     """What is found in a graph, checked by running it."""
     found = regions(module.graph, module, values, least)
     assert_order(module.graph, module, values, found)
+    inputs = [values[node] for node in module.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    got = run_contracted(module.graph, module, values, found, *inputs)
+    torch.testing.assert_close(got, values[output], rtol=1e-9, atol=1e-10)
     for region in found:
         for slices in {2, min(3, region.items)}:
             assert_slices(region, module, values, slices)
@@ -396,8 +401,8 @@ def test_vit_with_modules() -> None:
     whole, *rest = all_hold(module, values)
     assert not rest
     assert (whole.items, list(whole.sliced.values())) == (3, [(0, 1)])
-    assert {"self_attention", "mlp_0", "mlp_3"} <= targets(whole)
-    assert set(whole.quiet) == {"self_attention", "dropout", "mlp_2", "mlp_4"} or whole.quiet
+    assert {"self_attention", "mlp.0", "mlp.3"} <= targets(whole)
+    assert {"self_attention", "dropout", "mlp.2"} <= set(whole.quiet)
     assert all(slicing.is_quiet(module.get_submodule(name)) for name in whole.quiet)
     module.get_submodule(whole.quiet[0]).dropout = 0.5
     assert not slicing.is_quiet(module.get_submodule(whole.quiet[0]))
@@ -545,7 +550,9 @@ def test_one_value_is_read_in_one_way() -> None:
     module = fx.symbolic_trace(branch)
     values = values_of(module.graph, module, sample(4, 4), sample(4, 4))
     start = next(iter(module.graph.nodes))
-    assert region_from(module.graph, module, values, start, 0) is None
+    region = region_from(module.graph, module, values, start, 0)
+    assert region is not None
+    assert [node.name for node in region.nodes] == ["sin", "matmul"]
     all_hold(module, values)
 
 
@@ -560,15 +567,23 @@ def test_writes_are_not_passed() -> None:
     def outputs(x: Any, y: Any) -> Any:
         h = x.sin().exp()
         flat = h.view(-1)
-        h.bernoulli_()
+        h.mul_(y)
         return flat.relu() + flat.cos()
 
-    for branch in (later, outputs):
+    def between(x: Any, y: Any) -> Any:
+        h = (x.sin() + y[:, :1]).exp()
+        y.mul_(x)
+        return (h.cos() + y).relu().sum(1) + h.sum(1)
+
+    for branch in (later, outputs, between):
         module = fx.symbolic_trace(branch)
-        inputs = sample(4, 3), sample(4, 3)
-        values = values_of(module.graph, module, *inputs)
-        for region in regions(module.graph, module, values):
-            assert not {"add", "relu"} & {node.name for node in region.nodes}
+        x, y = sample(4, 3), sample(4, 3).cos()
+        values = values_of(module.graph, module, x.clone(), y.clone())
+        found = regions(module.graph, module, values)
+        assert found
+        got = run_contracted(module.graph, module, values, found, x.clone(), y.clone())
+        torch.testing.assert_close(got, branch(x, y))
+    assert not any({"sin", "relu"} <= targets(region) for region in found)
 
 
 def test_nothing_is_found_in_empty_or_single_items() -> None:
@@ -588,14 +603,21 @@ def test_switches_end_a_region() -> None:
     module, values = captured(Cast(), sample(5, 3))
     assert any("grad" in str(node.target) for node in module.graph.nodes)
     for region in regions(module.graph, module, values):
-        assert len({"sin", "cos", "relu"} & targets(region)) == 1
+        assert not {"sin", "cos"} <= {node.target for node in region.nodes}
+        assert not {"exp", "relu"} <= {node.target for node in region.nodes}
 
 
 # random programs
 
+
+def swapped(x: Tensor, dim: int) -> Tensor:
+    """The second half before the first."""
+    return torch.cat(x.chunk(2, dim)[::-1], dim)
+
+
 OPERATIONS: list[tuple[str, Any]] = [
     ("sin", lambda x, s: x.sin()),
-    ("permute", lambda x, s: x.permute(*torch.randperm(x.dim(), generator=s).tolist())),
+    ("permute", lambda x, s: x.permute(*s.sample(range(x.dim()), x.dim()))),
     ("flat", lambda x, s: x.reshape(-1, x.shape[-1])),
     ("flatten", lambda x, s: x.flatten(0, 1) if x.dim() > 2 else x.unsqueeze(1)),
     ("split4", lambda x, s: x.unflatten(0, (2, -1)) if x.shape[0] % 2 == 0 else x.exp().log1p()),
@@ -606,7 +628,7 @@ OPERATIONS: list[tuple[str, Any]] = [
     ("roll", lambda x, s: x.roll(1, pick(x, s))),
     ("layer_norm", lambda x, s: F.layer_norm(x, x.shape[-1:])),
     ("matmul", lambda x, s: x @ (x.transpose(-1, -2) @ x / 16)),
-    ("twice", lambda x, s: torch.cat(x.chunk(2, pick(x, s))[::-1], pick(x, s))),
+    ("twice", lambda x, s: swapped(x, pick(x, s))),
     ("outer", lambda x, s: (x.unsqueeze(0) + x.unsqueeze(1)).mean(pick(x, s))),
     ("narrow", lambda x, s: x + x.narrow(pick(x, s), 0, 1)),
     ("index", lambda x, s: torch.stack([x, x[..., :1] * x], pick(x, s)).sum(pick(x, s))),
@@ -616,40 +638,29 @@ OPERATIONS: list[tuple[str, Any]] = [
 ]
 
 
-def pick(x: Tensor, generator: torch.Generator) -> int:
+def pick(x: Tensor, numbers: random.Random) -> int:
     """A dimension."""
-    return int(torch.randint(x.dim(), (), generator=generator))
+    return numbers.randrange(x.dim())
 
 
+@pytest.mark.parametrize("composite", [False, True])
 @given(st.lists(st.integers(0, len(OPERATIONS) - 1), min_size=3, max_size=9), st.integers(0, 99))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_random_programs(choices: list[int], seed: int) -> None:
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_random_programs(composite: bool, choices: list[int], seed: int) -> None:
     def run(x: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        numbers = random.Random(seed)
         stream = x
         for choice in choices:
-            new = OPERATIONS[choice][1](stream, generator)
+            new = OPERATIONS[choice][1](stream, numbers)
             stream = new if 0 < new.numel() <= 800 and new.dim() > 1 else stream.tanh()
             stream = stream + x if stream.shape == x.shape else stream
         return stream
 
     x = sample(4, 6, 3)
-    aten = make_fx(run)(x)
-    all_hold(aten, values_of(aten.graph, aten, x))
-    spoken, values = captured(Spoken(run), x) if seed % 5 == 0 else (aten, {})
-    if values:
-        all_hold(spoken, values)
-
-
-class Spoken(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
+    module = make_fx(run, pre_dispatch=composite)(x)
+    values = values_of(module.graph, module, x)
+    for least in (2, 4, 5):
+        all_hold(module, values, least)
 
 
 def test_random_cases_are_not_all_refused() -> None:
