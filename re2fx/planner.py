@@ -28,8 +28,8 @@ from .memory import storage_key
 from .program import Program, RunBlock, Segment
 from .text import amount
 
-SLICES = (1, 2, 4, 8, 16, 32, 64)
-ENOUGH = 0.02  # more slices must shrink the peak by this share
+SLICES = (1, 2, 4, 8, 16)
+ENOUGH = 0.05  # more slices must shrink the peak by this share
 OPERATIONS = {"cpu": 10, "cuda": 100}  # floating-point operations in the time of one byte moved
 
 
@@ -237,7 +237,8 @@ class Planner:
     def _profile(self) -> list[Unit]:
         """Cost and kept bytes of every unit, read off one stored forward."""
         program = framed(self.program, self.all_stored)
-        meter, seen, units = self.forecast, set(self.forecast.members), []
+        forecast, units = self.forecast, list[Unit]()
+        seen = set(forecast.members)
         kept = [0]
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,7 +252,7 @@ class Planner:
 
         def after(index: int) -> None:
             nonlocal before
-            now = meter.work()[0] + self._per_byte * meter.work()[1]
+            now = forecast.meter.flops + self._per_byte * forecast.meter.moved
             step = self.program.steps[index]
             if isinstance(step, RunBlock):
                 units.append(Unit(index, step.chain, now - before, kept[0]))
@@ -263,7 +264,7 @@ class Planner:
             with saved_tensors_hooks(pack, lambda tensor: tensor):
                 return self.run(program, after)
 
-        self._seen[self.all_stored], self._where[self.all_stored] = self.forecast.step(forward)
+        self._seen[self.all_stored], self._where[self.all_stored] = forecast.step(forward)
         return units
 
 
@@ -329,6 +330,7 @@ class _Reader(Interpreter):
     def run_node(self, n: Node) -> Any:
         """Run one and note what it comes to."""
         value = super().run_node(n)
+        self._free(n)
         if n.op != "output":
             self.values[n.name] = pytree.tree_map_only(torch.Tensor, _on_meta, value)
         return value

@@ -58,7 +58,7 @@ def _casts(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     common = wide[0].dtype
     for tensor in wide:
         common = torch.promote_types(common, tensor.dtype)
-    return sum(x.numel() * common.itemsize for x in wide if x.dtype != common)
+    return sum(x.numel() for x in wide if x.dtype != common) * common.itemsize
 
 
 def _where(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
@@ -68,7 +68,7 @@ def _where(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
 def _safe_softmax(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     """A mask of the entries that are -inf, and one of the rows; before, the softmax's own copy."""
     entries = outputs[0].numel()
-    rows = entries // max(1, outputs[0].shape[args[1]])
+    rows = entries // max(1, int(outputs[0].shape[args[1]]))
     return max(_copy(args[0]), entries + rows)
 
 
@@ -94,9 +94,10 @@ def _flash_blocks(query: Tensor, key: Tensor) -> tuple[int, int]:
 def _flash(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     """Per thread a block of scores, its maxima and sums, and a block of the result."""
     rows, columns = _flash_blocks(args[0], args[1])
-    numbers = rows * (columns + 2 + args[2].shape[3])
-    reduced = rows * columns * args[0].element_size() if args[0].element_size() < 4 else 0
-    return torch.get_num_threads() * (4 * numbers + reduced)
+    size = 4 * rows * (columns + 2 + int(args[2].shape[3]))
+    if args[0].dtype.itemsize < 4:  # and the scores in the lower precision
+        size += rows * columns * args[0].dtype.itemsize
+    return torch.get_num_threads() * size
 
 
 def _flash_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
@@ -127,7 +128,7 @@ class _Convolution:
         self, source: Tensor, weight: Tensor, result: Tensor, options: Sequence[Any]
     ) -> None:
         self.source, self.weight, self.result = source, weight, result
-        self.groups, self.transposed = options[5], options[3]
+        self.groups, self.transposed = int(options[5]), bool(options[3])
         backend = torch._C._select_conv_backend(source, weight, None, *options)
         self.backend = str(backend).rsplit(".", 1)[-1]
         self.kernel = tuple(weight.shape[2:])
@@ -160,8 +161,20 @@ class _Convolution:
         """The unfolded input of a kernel that is a matrix product."""
         if not self.backend.startswith("Slow") or not self._unfolded:
             return 0
-        taps = prod(self.source.shape[:2]) * prod(self.kernel) * prod(self.result.shape[2:])
-        return taps * self.source.element_size()
+        return self.source.shape[0] * self._unfolded_sample()
+
+    def _unfolded_sample(self) -> int:
+        entries = self.source.shape[1] * prod(self.kernel) * prod(self.result.shape[2:])
+        return entries * self.source.dtype.itemsize
+
+    def products(self) -> int:
+        """Of the weight's gradient, if its kernel is too wide for oneDNN's own and has few inputs.
+
+        Per thread an unfolded sample and four weights. Patch embeddings of 16 pixels have it.
+        """
+        if self.source.shape[1] >= LANES or self.kernel[-1] < 15:
+            return 0
+        return torch.get_num_threads() * (self._unfolded_sample() + 4 * nbytes(self.weight))
 
     def blocked(self, tensor: Tensor) -> int:
         """An activation in blocks of channels; one with few channels stays as it is."""
@@ -196,8 +209,8 @@ def _convolution(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     if not call.onednn:
         return call.columns()
     if call.last:
-        own = 0 if call.depthwise else call.padded_weight() or nbytes(call.weight)
-        return call.weight_copy() + own
+        own = 0 if call.depthwise else call.padded_weight()
+        return call.weight_copy() + (own or nbytes(call.weight))
     blocked = call.blocked(outputs[0])
     reordered = call.blocked(call.source) + call.blocked_weight() + blocked
     return max(reordered - result, 2 * result if call.transposed else blocked)
@@ -216,9 +229,9 @@ def _convolution_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int
     if call.last:
         copied = call.weight_copy()
         if to_source:
-            moments.append(held + copied + (0 if call.depthwise else call.padded_weight()))
+            own = nbytes(weight) if call.depthwise else call.padded_weight()
+            moments.append(held + copied + own)
         if to_weight:
-            copied = 0 if call.depthwise else copied
             moments.append(held + copied + call.padded_weight() + 2 * nbytes(weight))
         return max(moments) - made
     copied = _copy(gradient)
@@ -227,7 +240,12 @@ def _convolution_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int
     if to_source:
         moments += [given + weights + taken, taken + held]
     if to_weight:
-        moments += [held + taken + given + weights, held + weights + nbytes(weight)]
+        scratch = call.products() or given + taken
+        if call.depthwise:
+            scratch = 0  # neither end is reordered again
+        if weight.dtype.itemsize < 4:
+            scratch += 4 * weight.numel()  # summed in fp32
+        moments += [held + scratch + weights, held + weights + nbytes(weight)]
     return copied + max(moments) - made
 
 
@@ -238,8 +256,8 @@ _RULES: dict[Any, Rule] = {
     _A.native_batch_norm_backward: lambda args, _: nbytes(args[0]),  # a second gradient
     _A._softmax: _copies(0),
     _A._log_softmax: _copies(0),
-    _A._softmax_backward_data: _copies(0),
-    _A._log_softmax_backward_data: _copies(0),
+    _A._softmax_backward_data: _copies(0, 1),
+    _A._log_softmax_backward_data: _copies(0, 1),
     _A._safe_softmax: _safe_softmax,
     _A.logsumexp: lambda args, _: nbytes(args[0]),
     _A.native_dropout: lambda args, _: nbytes(args[0]),
