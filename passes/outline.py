@@ -336,7 +336,9 @@ class _Outliner:
         places = [self.flow.location(node) for node in nodes if node.op != "get_attr"]
         first = places[0]
         modules = dict.fromkeys(place.module or "the model" for place in places)
-        return f"{next(iter(modules))} to {list(modules)[-1]} ({first})" if places[1:] else f"{first}"
+        return (
+            f"{next(iter(modules))} to {list(modules)[-1]} ({first})" if places[1:] else f"{first}"
+        )
 
     def subgraph(
         self,

@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from .errors import ReplayError
-from .replay import Ambient, Lookup
+from .replay import Ambient, Autocast, Lookup
 
 Function = Callable[..., Any]
 Meta = tuple[torch.Size, torch.dtype, torch.device]
@@ -141,6 +141,36 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """Inputs that a body was made for.
+
+    Attributes:
+        inputs: sizes, strides and dtype of each tensor, and every other value itself.
+        autocasts: the state of autocast.
+    """
+
+    inputs: tuple[Any, ...]
+    autocasts: tuple[Autocast, ...]
+
+    @classmethod
+    def of(cls, inputs: Sequence[Any], kinds: Sequence[str]) -> Fixed:
+        """Those that are given, under the present autocast."""
+        return cls(tuple(map(_told, inputs)), tuple(map(Autocast.now, kinds)))
+
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Whether others are like them."""
+        same = tuple(map(_told, inputs)) == self.inputs
+        return same and all(Autocast.now(a.device_type) == a for a in self.autocasts)
+
+
+def _told(value: Any) -> Any:
+    """What of an input a body may depend on before it runs."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return value
+
+
+@dataclass(frozen=True)
 class Body:
     """What a frame runs.
 
@@ -148,11 +178,22 @@ class Body:
         parts: in order.
         inputs: how many values are given, the first ones.
         outputs: the numbers of the results.
+        fixed: the inputs that it was made for; None for all.
+        otherwise: what is run on others.
     """
 
     parts: tuple[Part, ...]
     inputs: int
     outputs: tuple[int, ...]
+    fixed: Fixed | None = None
+    otherwise: Body | None = None
+
+    def fitting(self, inputs: Sequence[Any]) -> Body:
+        """The body for some inputs."""
+        if self.fixed is None or self.fixed.holds(inputs):
+            return self
+        assert self.otherwise is not None, "there is one for all inputs"
+        return self.otherwise
 
     @cached_property
     def frees(self) -> tuple[tuple[int, ...], ...]:
@@ -242,6 +283,7 @@ class Trace:
                 lets go of one, ``call.lost(block)``.
             block: tells it which of its bodies this is.
         """
+        self.body = self.body.fitting(inputs)
         values: list[Any] = [*inputs]
         for part, frees in zip(self.body.parts, self.body.frees, strict=True):
             reads = [values[place] for place in part.reads]
@@ -345,7 +387,9 @@ class Again:
         self._left = set(range(len(trace.saved)))
         self._values: list[Any] = [*inputs]
         # Results of slices, by part.
-        self._rows: dict[int, dict[int, Sequence[Any]]] = {number: {} for number in range(len(trace.spans))}
+        self._rows: dict[int, dict[int, Sequence[Any]]] = {
+            number: {} for number in range(len(trace.spans))
+        }
 
     @property
     def exhausted(self) -> bool:

@@ -85,7 +85,9 @@ class CheckpointCall:
         if task in self._agains:
             return self._agains[task]
         assert self._trace is not None, "handles are made by the first run"
-        again = Again(self._trace, self.root, recall(self._inputs, self.frame.name), self.frame.name)
+        again = Again(
+            self._trace, self.root, recall(self._inputs, self.frame.name), self.frame.name
+        )
         if task != -1:
             self._agains[task] = again
             engine = torch.autograd.Variable._execution_engine

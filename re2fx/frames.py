@@ -83,8 +83,8 @@ def framed(program: Program, frames: Frames) -> Program:
         if isinstance(given, Segment):
             if given.frame is None or index not in frames.checkpointed:
                 return replace(given, frame=None)
-            body = cut(given.frame.body, frames.slices)
-            return replace(given, frame=replace(given.frame, body=body))
+            checkpoint = replace(given.frame, body=cut(given.frame.body, frames.slices))
+            return replace(given, frame=checkpoint)
         if not isinstance(given, RunBlock):
             return given
         stored = left[given.chain] <= frames.stored[given.chain]
@@ -104,4 +104,5 @@ def cut(body: Body, slices: int) -> Body:
             slicing = replace(part.slicing, slices=slices) if slices > 1 else None
             part = replace(part, slicing=slicing)
         parts.append(part)
-    return replace(body, parts=tuple(parts))
+    other = body.otherwise and cut(body.otherwise, slices)
+    return replace(body, parts=tuple(parts), otherwise=other)

@@ -7,6 +7,7 @@ the last cut, so that what one of them needs while it is run again stays small.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from . import ops
 from .aliases import Aliases
-from .body import Body
+from .body import Body, Fixed
+from .expand import expand
 from .graph import Flow
 from .partition import Compile, partition
 from .slicing import regions
@@ -34,6 +36,8 @@ class Framing:
 
     def __init__(self, values: Mapping[str, Any], root: nn.Module) -> None:
         self.values, self.root = values, root
+        members = (*root.parameters(), *root.buffers())
+        self.device = next((tensor.device for tensor in members), torch.device("cpu"))
 
     def value(self, node: Node) -> Any:
         """The example value of a node, or of its copy in another graph."""
@@ -60,8 +64,22 @@ class Framing:
     def body(self, graph: Graph, compile: Compile, name: str) -> Body:
         """The body that runs a frame's graph, in slices where its nodes are independent."""
         values = {node: self.value(node) for node in graph.nodes}
-        known = all(v is not None for node, v in values.items() if node.op == "placeholder")
-        found = regions(graph, self.root, values) if known else []
+        inputs = [values[node] for node in graph.nodes if node.op == "placeholder"]
+        if any(value is None for value in inputs):
+            return partition(graph, self.root, [], values, compile, name)
+        body = self._in_parts(graph, values, compile, name)
+        opened = expand(graph, values, self.device)
+        if opened is None:
+            return body
+        made = self._in_parts(*opened, compile, f"{name}, opened")
+        if not made.sliced:
+            return body
+        kinds = dict.fromkeys(("cpu", self.device.type))
+        fixed = Fixed.of(inputs, [kind for kind in kinds if kind != "meta"])
+        return replace(made, fixed=fixed, otherwise=body)
+
+    def _in_parts(self, graph: Graph, values: dict[Node, Any], compile: Compile, name: str) -> Body:
+        found = regions(graph, self.root, values)
         return partition(graph, self.root, found, values, compile, name)
 
 

@@ -31,6 +31,7 @@ from .variants import Executors as Executors
 from .variants import Recipe, Variant, capture_again
 from .wiring import Wiring
 
+
 class LiveRoot:
     """What generated code calls ``self``: the given model, and the constants of its graphs."""
 

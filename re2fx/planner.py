@@ -11,24 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx import Graph, Interpreter, Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from .budget import Memory
-from .errors import BudgetError
 from .codegen import compile_graph
+from .errors import BudgetError
 from .foresight import Forecast, Foreseen, total
 from .frames import Framed, Frames, blocks, checkpoints, framed
 from .framing import Framing
+from .interpret import LiveInterpreter
 from .memory import storage_key
 from .program import Program, RunBlock, Segment
 from .text import amount
 
-SLICES = (1, 2, 4, 8, 16)
+SLICES = (1, 4, 16)
 ENOUGH = 0.05  # more slices must shrink the peak by this share
 OPERATIONS = {"cpu": 10, "cuda": 100}  # floating-point operations in the time of one byte moved
 
@@ -151,23 +153,26 @@ class Planner:
 
     def _lowest(self) -> Frames:
         """Everything a frame, in as many slices as still make a difference."""
-        candidates = [self._line(0, slices) for slices in self._slices()]
-        least = min(map(self._peak, candidates))
-        return next(c for c in candidates if self._peak(c) <= least * (1 + ENOUGH))
+        best, *others = [self._line(0, slices) for slices in self._slices()]
+        for frames in others:
+            if self._peak(frames) > self._peak(best) * (1 - ENOUGH):
+                break
+            best = frames
+        return best
 
     def _within(self, budget: int) -> Frames:
         """The least work within a budget."""
         if self._peak(self.all_stored) <= budget:
             return self.all_stored
+        if self._peak(self._lowest()) > budget:
+            raise BudgetError(self._too_small(budget))
         found = []
         for slices in self._slices():
             stored = self._most_stored(budget, slices)
             if stored is not None:
                 found.append(self._line(stored, slices))
-                if stored == len(self.units):
-                    break
-        if not found:
-            raise BudgetError(self._too_small(budget))
+            if slices == self._lowest().slices:
+                break
         least = min(weigh(self.foresee(frames)) for frames in found)
         return next(f for f in found if weigh(self.foresee(f)) <= least * (1 + ENOUGH))
 
@@ -177,12 +182,17 @@ class Planner:
             return None
         low, high = 0, len(self.units)
         while low < high:
-            middle = (low + high + 1) // 2
-            if self._peak(self._line(middle, slices)) <= budget:
-                low = middle
+            guess = self._guess(low, high, budget - self._peak(self._line(low, slices)))
+            if self._peak(self._line(guess, slices)) <= budget:
+                low = guess
             else:
-                high = middle - 1
+                high = guess - 1
         return low
+
+    def _guess(self, low: int, high: int, room: int) -> int:
+        """How many units fill some room, if each takes what it keeps; one more than ``low``."""
+        sizes = accumulate(unit.kept for unit in self.units[low:high])
+        return low + max(1, sum(size <= room for size in sizes))
 
     def _slices(self) -> Sequence[int]:
         steps = self.program.steps
@@ -273,7 +283,6 @@ def _merit(units: Sequence[Unit]) -> float:
     return sum(unit.cost for unit in units) / max(1, sum(unit.kept for unit in units))
 
 
-
 def plan_frames(
     live: Any,
     variant: Any,
@@ -303,7 +312,9 @@ def plan_frames(
     root = type(live)(forecast.twin, constants)
     values = example_values(rewired.graph, root, given, forecast)
     framing = Framing(values, forecast.twin)
-    program = executors.outline(rewired.graph, forecast.twin, rewired.wirings, compile_graph, framing)
+    program = executors.outline(
+        rewired.graph, forecast.twin, rewired.wirings, compile_graph, framing
+    )
 
     def run(candidate: Program, after: Callable[[int], None] | None = None) -> torch.Tensor:
         return total(candidate.run(root, given, after))
@@ -312,7 +323,9 @@ def plan_frames(
     return Framed(values, plan.frames), plan
 
 
-def example_values(graph: Graph, root: Any, given: Sequence[Any], forecast: Forecast) -> dict[str, Any]:
+def example_values(
+    graph: Graph, root: Any, given: Sequence[Any], forecast: Forecast
+) -> dict[str, Any]:
     """What the nodes of a graph come to, by their names, on ``meta``."""
     reader = _Reader(root, graph)
     with forecast.running(), torch.no_grad():
@@ -320,17 +333,16 @@ def example_values(graph: Graph, root: Any, given: Sequence[Any], forecast: Fore
     return reader.values
 
 
-class _Reader(Interpreter):
+class _Reader(LiveInterpreter):
     """Notes the value of every node."""
 
     def __init__(self, root: Any, graph: Graph) -> None:
-        super().__init__(root, graph=graph)
+        super().__init__(root, graph)
         self.values: dict[str, Any] = {}
 
     def run_node(self, n: Node) -> Any:
         """Run one and note what it comes to."""
         value = super().run_node(n)
-        self._free(n)
         if n.op != "output":
             self.values[n.name] = pytree.tree_map_only(torch.Tensor, _on_meta, value)
         return value

@@ -26,6 +26,8 @@ from .slicing_shapes import EXPANSIONS, RESHAPES, first_read, sizes
 from .slicing_table import is_quiet as is_quiet
 from .slicing_table import may_draw
 
+MANY = 16  # slices, of which more make no difference
+
 Start = tuple[Node, Along, int]
 Answer = tuple[State | None, dict[Node, Along]]
 
@@ -79,7 +81,7 @@ class _Search:
         """The one with the most bytes; then the first, along the first dimension."""
         best: tuple[Any, Region] | None = None
         for (start, along, items), region in self.grow_all():
-            rank = (-region.bytes, self.facts.position[start], along.dim, -items)
+            rank = (-_spared(region), self.facts.position[start], along.dim, -items)
             if best is None or rank < best[0]:
                 if order(self.facts, [*self.found, region]) is None:
                     continue
@@ -134,6 +136,11 @@ class _Search:
             state = state if fits(facts.values[node], state, items) else None
             self.answers[key] = state, call.more
         return self.answers[key]
+
+
+def _spared(region: Region) -> float:
+    """Bytes that many slices spare; few items spare less."""
+    return region.bytes * (1 - 1 / min(region.items, MANY))
 
 
 class _Growth:

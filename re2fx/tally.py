@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, Node
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from .graph import Flow, location, lookup
+from .graph import Flow, location
+from .interpret import LiveInterpreter
 from .memory import storage_key
 from .plan import Chain, Plan, Residual
 from .replay import Generators
@@ -203,7 +203,7 @@ class _Outside:
         return Place("between" if position < self.last else "behind", module)
 
 
-class Walker(fx.Interpreter):
+class Walker(LiveInterpreter):
     """Runs a graph against a live root and tells a tally where it is.
 
     Args:
@@ -222,9 +222,9 @@ class Walker(fx.Interpreter):
         regions: Sequence[Region] = (),
         checkpoint: Run | None = None,
     ) -> None:
-        super().__init__(root, garbage_collect_values=True, graph=graph)
+        super().__init__(root, graph)
         self.garbage_collect_values = False  # done here: a region is run later than written
-        self._root, self._tally, self._checkpoint = root, tally, checkpoint
+        self._tally, self._checkpoint = tally, checkpoint
         self._regions = {region.nodes[-1]: region for region in regions if region.nodes}
         self._deferred = {n for region in regions for n in region.nodes}
 
@@ -259,30 +259,6 @@ class Walker(fx.Interpreter):
             return self.env[region.nodes[-1]]
 
         return self._checkpoint(branch, *inputs)
-
-    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A node's arguments; its lists are lists again, which the called may write into."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return thawed(args), thawed(kwargs)
-
-    def fetch_attr(self, target: str) -> Any:
-        """A parameter, buffer or constant of the live root."""
-        return lookup(self._root, target)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module of the live root."""
-        return lookup(self._root, str(target))(*args, **kwargs)
-
-
-def thawed(value: Any) -> Any:
-    """A node's argument as generated code would pass it: new lists and dicts, not frozen ones."""
-    if isinstance(value, immutable_list):
-        return [thawed(item) for item in value]
-    if isinstance(value, immutable_dict):
-        return {key: thawed(item) for key, item in value.items()}
-    if type(value) is tuple:
-        return tuple(thawed(item) for item in value)
-    return value
 
 
 @contextmanager
