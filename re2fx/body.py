@@ -32,6 +32,7 @@ from .replay import Ambient, Autocast, Lookup
 
 Function = Callable[..., Any]
 Meta = tuple[torch.Size, torch.dtype, torch.device]
+SMALL = 4096  # bytes
 Saved = dict[int, tuple[torch.Tensor, int]]  # by slot, with the version
 
 
@@ -264,6 +265,7 @@ class Trace:
     Attributes:
         saved: shape, dtype and device of what autograd wanted to keep, slot by slot.
         spans: one per part.
+        kept_small: what is not worth making again.
         recorded: whether gradients were on.
     """
 
@@ -271,6 +273,7 @@ class Trace:
         self.body, self.device = body, device
         self.saved: list[Meta] = []
         self.spans: list[Span] = []
+        self.kept_small: list[torch.Tensor] = []
         self.recorded = torch.is_grad_enabled()
 
     def run(self, root: Any, inputs: Sequence[Any], call: Any, block: int) -> list[Any]:
@@ -302,9 +305,14 @@ class Trace:
     def _run(
         self, part: Part, span: Span, root: Any, reads: list[Any], call: Any, block: int
     ) -> list[Any]:
+        small = self.cheap(part)
+
         def pack(tensor: torch.Tensor) -> Any:
             if isinstance(tensor, nn.Parameter):
                 return tensor
+            if _nbytes(tensor) <= small:
+                self.kept_small.append(tensor.detach())
+                return self.kept_small[-1]
             self.saved.append(meta(tensor))
             return Handle(call, block, len(self.saved) - 1)
 
@@ -322,6 +330,15 @@ class Trace:
             span.begins.append(len(self.saved))
         return slicing.join(rows)
 
+    def cheap(self, part: Part) -> int:
+        """Up to how many bytes a tensor that a part saves is kept instead of made again.
+
+        Behind slices a small one, such as the noise of a stochastic depth, would be dear: it would
+        take all slices once more to come to it.
+        """
+        parts = self.body.parts
+        return SMALL if any(p.slicing is not None for p in parts[: parts.index(part)]) else 0
+
     def place(self, slot: int) -> tuple[int, int]:
         """The part and the slice that saved something."""
         for number, span in enumerate(self.spans):
@@ -331,7 +348,8 @@ class Trace:
         raise AssertionError("every slot lies in a span")
 
     def kept(self) -> Iterator[torch.Tensor]:
-        """The generator states and buffer copies that it keeps."""
+        """The small tensors, generator states and buffer copies that it keeps."""
+        yield from self.kept_small
         for span in self.spans:
             if span.ambient.generators is not None:
                 yield from span.ambient.generators.states
@@ -490,9 +508,10 @@ class Again:
         record = collect or self.exact
         expected = self.trace.saved[span.begins[index] : span.begins[index + 1]]
         found: list[tuple[torch.Tensor, int]] = []
+        small = self.trace.cheap(self.trace.body.parts[number])
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, nn.Parameter):
+            if not isinstance(tensor, nn.Parameter) and _nbytes(tensor) > small:
                 tensor = tensor.detach()
                 found.append((tensor, tensor._version))
                 if stop and len(found) == len(expected):
@@ -546,6 +565,10 @@ def check_version(tensor: torch.Tensor, version: int, name: str) -> None:
             f"been modified by an inplace operation in the branch: a tensor of "
             f"{tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
         )
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def meta(tensor: torch.Tensor) -> Meta:

@@ -88,8 +88,18 @@ def _traced(
         except Exception:  # whatever a function may do with a value that is not there
             return None
     del mode
-    bad = (n for n in made.graph.nodes if n.op == "get_attr" or ops.switches_context(n))
+    bad = (n for n in made.graph.nodes if _is_held(n, made) or ops.switches_context(n))
     return None if any(True for _ in bad) else (made, inputs)
+
+
+def _is_held(node: Node, made: GraphModule) -> bool:
+    """Whether it is a tensor that tracing has made a constant of, other than a number."""
+    return node.op == "get_attr" and _number(node, made) is None
+
+
+def _number(node: Node, made: GraphModule) -> Tensor | None:
+    value = getattr(made, str(node.target), None)
+    return value if isinstance(value, Tensor) and not value.dim() else None
 
 
 def _inline(
@@ -110,7 +120,13 @@ def _inline(
             (result,) = inner.args
             return own[result]
         else:
-            own[inner] = graph.node_copy(inner, own.__getitem__)
+            if inner.op == "get_attr":
+                number = _number(inner, made)
+                assert number is not None, "other constants were refused"
+                made_of = (number.item(),), {"dtype": number.dtype}
+                own[inner] = graph.call_function(torch.scalar_tensor, *made_of)
+            else:
+                own[inner] = graph.node_copy(inner, own.__getitem__)
             own[inner].name = f"{node.name}_{inner.name}"
             known[own[inner]] = pytree.tree_map_only(Tensor, _on_meta, inner.meta.get("val"))
     raise AssertionError("every graph has an output")

@@ -21,7 +21,7 @@ from .body import Body, Fixed
 from .expand import expand
 from .graph import Flow
 from .partition import Compile, partition
-from .slicing import regions
+from .slicing import Region, regions
 
 NARROW = 4  # bytes made since the last cut per byte that crosses
 
@@ -79,8 +79,13 @@ class Framing:
         return replace(made, fixed=fixed, otherwise=body)
 
     def _in_parts(self, graph: Graph, values: dict[Node, Any], compile: Compile, name: str) -> Body:
-        found = regions(graph, self.root, values)
+        found = [region for region in regions(graph, self.root, values) if _spares(region, values)]
         return partition(graph, self.root, found, values, compile, name)
+
+
+def _spares(region: Region, values: Mapping[Node, Any]) -> bool:
+    """Whether what is made inside of a region is more than what comes out."""
+    return region.bytes >= 2 * sum(nbytes(values[node]) for node in region.outputs)
 
 
 def may_run_again(flow: Flow, aliases: Aliases, nodes: Sequence[Node]) -> bool:
