@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,7 +29,10 @@ with warnings.catch_warnings():
     import torchvision
     from transformers import GPT2Config, GPT2LMHeadModel
 
-TOLERANCE = 0.03  # on the machine it was written on, the worst is 0.0004
+# On the machine it was written on, at most 0.0004 are missed, but for two: 0.015 where the twin
+# remembers generator states for attention without dropout, and 0.016 under autocast (oneDNN's
+# scratch for products in bfloat16).
+TOLERANCE = 0.03
 
 A = torch.ops.aten
 Given = tuple[Any, Any]
@@ -80,6 +84,15 @@ MODELS: dict[str, Callable[[], Given]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Kernels take some of their scratch per thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def measured(model: nn.Module, x: Any, grads: bool, autocast: bool = False) -> Peak:
     """A second step."""
 
@@ -94,10 +107,17 @@ def measured(model: nn.Module, x: Any, grads: bool, autocast: bool = False) -> P
     return re2fx.peak(step)
 
 
-def rewired(name: str, memory: re2fx.module.Memory) -> Given:
+@cache
+def _rewired(name: str) -> Given:
     torch.manual_seed(0)
     model, x = MODELS[name]()
-    return re2fx.transform(model, x, memory=memory), x
+    return re2fx.transform(model, x), x
+
+
+def rewired(name: str, memory: re2fx.module.Memory) -> Given:
+    rev, x = _rewired(name)
+    rev.memory = memory
+    return rev, x
 
 
 @pytest.mark.parametrize("grads", [True, False], ids=["filled", "fresh"])
