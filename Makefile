@@ -6,6 +6,8 @@
 # make exactness  set up, then measure what fixed-point streams give and cost, render the results
 # make accuracy  set up, then finetune with every coupling over seeds, render the results
 # make sentences  set up, then try the couplings on a pretrained sentence encoder
+# make pareto  set up, then measure step time against peak next to checkpointing, render the results
+# make gpu     set up, then the same on a CUDA device, in bf16
 # make bench   set up and run every benchmark (about 75 minutes on two cores), render the results
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test bench accuracy exactness sentences zoo situations fuzz pictures render format clean
+.PHONY: demo test bench pareto gpu accuracy exactness sentences zoo situations fuzz pictures render format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
@@ -62,6 +64,15 @@ fuzz: $(VENV)/.installed
 # What fixed-point streams give and cost (about 40 minutes on two cores); goes on from what is known.
 exactness: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.exactness
+	$(BIN)/python -m benchmarks.render
+
+# Step time against peak (about half an hour on two cores); goes on from what is known.
+pareto: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.pareto
+	$(BIN)/python -m benchmarks.render
+
+gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.render
 
 # The pictures of what the tools show; needs Chromium for the page.

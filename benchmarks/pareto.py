@@ -25,11 +25,17 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .common import RESULTS, advancer, progress, read_results, write_results
-from .pareto_entries import PARTITIONS, Entry, compiled_entries, eager_entries
+from .pareto_entries import (
+    PARTITIONS,
+    Entry,
+    answering_entries,
+    compiled_entries,
+    eager_entries,
+)
 from .pareto_measure import Bench, Row, Tick, measure
 from .pareto_models import CPU, QUICK, Subject
 
-ROUNDS, QUICK_ROUNDS = 9, 3
+ROUNDS, QUICK_ROUNDS = 7, 3
 
 
 def measured(subject: Subject, entries: Sequence[Entry], rounds: int, tick: Tick) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def main() -> None:
     """Command line."""
     options = parsed()
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    entries = eager_entries()
+    entries = [*eager_entries(), *answering_entries()]
     if options.compiled:
         entries += compiled_entries(tuple(options.partitions))
     models = {} if options.quick or options.fresh else known_models()

@@ -126,6 +126,14 @@ def budgeted(share: float, bench: Bench) -> Made:
     return rewired(round(low + share * (bench.peaks["plain"] - low)), bench)
 
 
+def answering(name: str, bench: Bench) -> Made:
+    """With the bytes that a rival takes as the budget."""
+    peak = bench.peaks.get(name)
+    if peak is None:
+        raise Unavailable(f"the peak of {name} is not known")
+    return rewired(peak, bench)
+
+
 def predicted_peak(network: Any) -> int | None:
     """What a rewired network's plan of its memory says of a step's peak; None without a plan."""
     found = getattr(getattr(network, "memory_plan", None), "predicted", None)
@@ -166,9 +174,9 @@ def eager_entries() -> list[Entry]:
         Entry("plain", lambda bench: Made(bench.model), reference=""),
         Entry("checkpoint, branches", rival(rivals.per_branch)),
         Entry("checkpoint, blocks", rival(rivals.per_block)),
-        Entry("checkpoint, half of the blocks", rival(rivals.first_half)),
-        Entry("checkpoint, every k blocks", rival(rivals.per_group, size=True)),
-        Entry("checkpoint, k blocks nested", rival(rivals.nested, size=True)),
+        Entry("checkpoint, first half", rival(rivals.first_half)),
+        Entry("checkpoint, k blocks", rival(rivals.per_group, size=True)),
+        Entry("checkpoint, nested", rival(rivals.nested, size=True)),
         Entry("offload", offload),
         Entry("re2fx store", partial(rewired, "store"), own=True, reference=""),
         Entry("re2fx reversible", partial(rewired, "reversible"), True, reference="re2fx store"),
@@ -177,6 +185,15 @@ def eager_entries() -> list[Entry]:
             Entry(f"re2fx budget {share:.0%}", partial(budgeted, share), True, False, "re2fx store")
             for share in SHARES
         ),
+    ]
+
+
+def answering_entries() -> list[Entry]:
+    """re2fx at the peak of each checkpoint, which must have been measured before."""
+    names = [entry.name for entry in eager_entries() if entry.name.startswith("checkpoint")]
+    return [
+        Entry(f"re2fx at {name}", partial(answering, name), True, False, "re2fx store")
+        for name in names
     ]
 
 

@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from .accuracy_tables import block_accuracy, plot_accuracy
 from .common import CONTENDERS, RESULTS, read_results
 from .exactness_tables import plot_exactness, text_exactness
+from .gpu_tables import NOT_YET, page_gpu, plot_gpu, text_gpu
+from .pareto_tables import page_pareto, plot_pareto, text_pareto
 from .sentence_tables import text_sentences
 from .situation_tables import text_fuzz, text_situations
 from .tables import TEXTS as TABLES
@@ -206,10 +208,19 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "exactness": ("exactness", text_exactness),
     "fuzz": ("fuzz", text_fuzz),
     "sentences": ("sentences", text_sentences),
+    "pareto": ("pareto", text_pareto),
+    "gpu": ("gpu", text_gpu),
 }
 
+# What a block says before its result file exists.
+ABSENT = {"pareto": "Not measured yet: `python -m benchmarks.pareto`.", "gpu": NOT_YET}
+
 # Pages beside the result files, which have more to say than a README takes.
-PAGES: dict[str, Callable[[Data], str]] = {"zoo": page_zoo}
+PAGES: dict[str, Callable[[Data], str]] = {
+    "zoo": page_zoo,
+    "pareto": page_pareto,
+    "gpu": page_gpu,
+}
 
 PLOTS: dict[str, Callable[[Data], Figure]] = {
     "depth": plot_depth,
@@ -219,15 +230,19 @@ PLOTS: dict[str, Callable[[Data], Figure]] = {
     "accuracy": plot_accuracy,
     "zoo": plot_zoo,
     "exactness": plot_exactness,
+    "pareto": plot_pareto,
+    "gpu": plot_gpu,
 }
 
 
 def rewritten(readme: str) -> str:
-    """The README with its results blocks made anew; blocks without a result file stay."""
+    """The README with its results blocks made anew; most without a result file stay."""
     for name, (source, text) in TEXTS.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
-        if begin in readme and (RESULTS / f"{source}.json").exists():
-            block = f"{begin}\n{text(read_results(source))}\n{end}"
+        known = (RESULTS / f"{source}.json").exists()
+        if begin in readme and (known or name in ABSENT):
+            made = text(read_results(source)) if known else ABSENT[name]
+            block = f"{begin}\n{made}\n{end}"
             pattern = re.escape(begin) + ".*?" + re.escape(end)
             readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.S)  # type: ignore[misc]
     return readme
