@@ -117,6 +117,7 @@ def run_part(
     name, what = part.split(":")
     subject = subjects[name]()
     found: dict[str, Any] = {"name": subject.name, "words": subject.words, **card(device)}
+    bench: Bench | None = None
     try:
         bench = Bench(subject, device, mixed=True)
         if what == "kernels":
@@ -129,6 +130,8 @@ def run_part(
     except Exception as error:
         traceback.clear_frames(error.__traceback__)
         found["error"] = explained(error)
+    bench = None
+    torch._dynamo.reset()  # compiled code would keep networks alive
     release(torch.device(device))
     return found
 

@@ -11,7 +11,8 @@ Swin-T, SlowFast-R50 and GPT-2. For each the entries of `benchmarks.pareto_entri
 - seconds of a step, in rounds: every entry once a round, in an order drawn anew
 
 A network's entries are measured in one process, and the result file is written after each network.
-A second run goes on with those that are missing or were measured otherwise.
+A second run goes on with those that are missing or were measured otherwise; what was unavailable
+is tried again with ``--fresh`` only.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def parsed() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing is written")
-    parser.add_argument("--fresh", action="store_true", help="forget the runs before")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
     parser.add_argument("--models", nargs="+", choices=list(CPU), default=list(CPU))
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, quick {QUICK_ROUNDS}")
     parser.add_argument("--compiled", action="store_true", help="compile too, which takes long")
@@ -113,13 +114,13 @@ def main() -> None:
     entries = [*eager_entries(), *answering_entries()]
     if options.compiled:
         entries += compiled_entries(tuple(options.partitions))
-    models = {} if options.quick or options.fresh else known_models()
+    models = {} if options.quick else known_models()
     console = Console()
     with progress() as bar:
         for name in options.models:
             subject = (QUICK if options.quick else CPU)[name]()
             tick = advancer(bar, subject.name, len(entries) + rounds)
-            if not holds(models.get(name), subject, entries):
+            if options.fresh or not holds(models.get(name), subject, entries):
                 models[name] = measured(subject, entries, rounds, tick)
                 if not options.quick:
                     write_results("pareto", results(models))

@@ -31,6 +31,8 @@ BudgetError: type[Exception] = getattr(errors, "BudgetError", errors.OptionError
 
 # Of the way from the lowest peak to that of plain training.
 SHARES = (0.25, 0.5, 0.75)
+# In front of the name of the rival whose peak is the budget.
+ANSWER = "re2fx at "
 PARTITIONS = (0.1, 0.3, 0.5, 0.8)
 
 
@@ -189,11 +191,10 @@ def eager_entries() -> list[Entry]:
 
 
 def answering_entries() -> list[Entry]:
-    """re2fx at the peak of each checkpoint, which must have been measured before."""
-    names = [entry.name for entry in eager_entries() if entry.name.startswith("checkpoint")]
+    """re2fx at the peak of plain training and of each checkpoint, which must be measured before."""
+    names = [e.name for e in eager_entries() if e.name.split(",")[0] in ("plain", "checkpoint")]
     return [
-        Entry(f"re2fx at {name}", partial(answering, name), True, False, "re2fx store")
-        for name in names
+        Entry(ANSWER + name, partial(answering, name), True, False, "re2fx store") for name in names
     ]
 
 

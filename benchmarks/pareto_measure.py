@@ -8,6 +8,7 @@ rounds, each entry once a round, in an order drawn anew for every round.
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 import traceback
@@ -64,7 +65,6 @@ class Bench:
         self.inputs: Inputs = moved(subject.inputs(batch or subject.batch), self.device)
         self.peaks: dict[str, int] = {}
         self.references: dict[str, list[Tensor]] = {}
-        # A head on hidden states leaves nothing out, but a library may: no gradient, no buffer.
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -132,6 +132,8 @@ class Bench:
         if known is None or (entry.compiled and self.drawn()):
             return {"reference": entry.reference, "gradient_error": None}
         error = largest_difference(self.gradients(made), known)
+        if not math.isfinite(error):
+            return {"reference": entry.reference, "gradient_error": None, "not_finite": True}
         return {"reference": entry.reference, "gradient_error": error}
 
     def timed(self, made: Made) -> float:

@@ -140,8 +140,9 @@ def test_budgets_need_a_floor() -> None:
     bench.peaks["plain"] = 10**6
     with pytest.raises(Unavailable, match="floor"):
         ENTRIES["re2fx budget 50%"].make(bench)
+    del bench.peaks["plain"]
     first = answering_entries()[0]
-    assert first.name == "re2fx at checkpoint, branches"
+    assert first.name == "re2fx at plain"
     with pytest.raises(Unavailable, match="not known"):
         first.make(bench)
 
@@ -187,6 +188,8 @@ def test_a_rival_is_answered_at_its_peak_or_below() -> None:
         "compiled, budget 0.3": "re2fx compiled, graph",
         "checkpoint, nested": None,
     }
+    meant = row("re2fx at checkpoint, blocks", 39, 1.25, 1.25, own=True)
+    assert pareto_tables.answer([*ROWS, meant], ROWS[1]) == meant
     text = pareto_tables.text_pareto(DATA)
     assert "| checkpoint, blocks | 1.00x |" in text
     assert "| compiled, budget 0.3 | 0.75x |" in text
@@ -263,9 +266,9 @@ def test_the_largest_batch_is_found(bound: int, start: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_parts_of_a_gpu_run_on_the_cpu() -> None:
-    result = gpu.run_part("vit:largest", TINY, "cpu", limit=4)
+    result = gpu.run_part("vit:largest", TINY, "cpu", limit=2)
     rows = {r["entry"]: r for r in result["rows"]}
-    assert rows["plain"]["batch"] == rows["re2fx reversible"]["batch"] == 4
+    assert rows["plain"]["batch"] == rows["re2fx reversible"]["batch"] == 2
     assert rows["plain"]["samples_per_second"] > 0
     result = gpu.run_part("vit:eager", TINY, "cpu", rounds=1, deadline=time.monotonic() - 1)
     assert {r["unavailable"] for r in result["rows"]} == {"no time was left"}
