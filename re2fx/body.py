@@ -246,7 +246,7 @@ class Span:
         ambient: the surroundings it ran in.
         begins: the first slot of each slice, and behind the last one.
         sizes: items per slice; empty if it was run whole.
-        needs_grad: of each tensor among its results.
+        needs_grad: of each leaf of each result; None if it is no tensor.
     """
 
     ambient: Ambient
@@ -295,7 +295,9 @@ class Trace:
             with span.ambient.observers.noted(self.saved):
                 results = self._run(part, span, root, reads, call, block)
             span.ambient.settle(root)
-            span.needs_grad = [pytree.tree_map(_needs_grad, result) for result in results]
+            span.needs_grad = [
+                [_needs_grad(leaf) for leaf in pytree.tree_leaves(result)] for result in results
+            ]
             _put(values, part.writes, results)
             del reads, results
             for place in frees:
@@ -488,7 +490,7 @@ class Again:
                 results = part.slicing.join([rows[place] for place in range(len(rows))])
             self._rows[number] = {}
         flagged = [
-            pytree.tree_map(_flagged, value, flags)
+            _flagged_tree(value, flags)
             for value, flags in zip(results, span.needs_grad, strict=True)
         ]
         _put(self._values, part.writes, flagged)
@@ -584,6 +586,11 @@ def _put(values: list[Any], places: Sequence[int], results: Sequence[Any]) -> No
 
 def _needs_grad(value: Any) -> Any:
     return value.requires_grad if isinstance(value, torch.Tensor) else None
+
+
+def _flagged_tree(value: Any, flags: Sequence[Any]) -> Any:
+    leaves, structure = pytree.tree_flatten(value)
+    return pytree.tree_unflatten(map(_flagged, leaves, flags), structure)
 
 
 def _flagged(value: Any, needs_grad: bool | None) -> Any:

@@ -24,6 +24,7 @@ from .partition import Compile, partition
 from .slicing import Region, regions
 
 NARROW = 4  # bytes made since the last cut per byte that crosses
+SHARE = 8  # a region makes at least this part of the bytes of the largest
 
 
 class Framing:
@@ -79,13 +80,23 @@ class Framing:
         return replace(made, fixed=fixed, otherwise=body)
 
     def _in_parts(self, graph: Graph, values: dict[Node, Any], compile: Compile, name: str) -> Body:
-        found = [region for region in regions(graph, self.root, values) if _spares(region, values)]
+        found = _worth_while(regions(graph, self.root, values), values)
         return partition(graph, self.root, found, values, compile, name)
 
 
-def _spares(region: Region, values: Mapping[Node, Any]) -> bool:
-    """Whether what is made inside of a region is more than what comes out."""
-    return region.bytes >= 2 * sum(nbytes(values[node]) for node in region.outputs)
+def _worth_while(found: Sequence[Region], values: Mapping[Node, Any]) -> list[Region]:
+    """Regions that spare more than they return, and much of what the body makes.
+
+    Every region that others follow is run once more for those, so small ones cost more than they
+    spare.
+    """
+    most = max((region.bytes for region in found), default=0)
+    return [
+        region
+        for region in found
+        if region.bytes * SHARE >= most
+        and region.bytes >= sum(nbytes(values[node]) for node in region.outputs)
+    ]
 
 
 def may_run_again(flow: Flow, aliases: Aliases, nodes: Sequence[Node]) -> bool:
