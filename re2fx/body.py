@@ -181,6 +181,7 @@ class Body:
         outputs: the numbers of the results.
         fixed: the inputs that it was made for; None for all.
         otherwise: what is run on others.
+        made: bytes of what it makes on the way, for example inputs.
     """
 
     parts: tuple[Part, ...]
@@ -188,6 +189,7 @@ class Body:
     outputs: tuple[int, ...]
     fixed: Fixed | None = None
     otherwise: Body | None = None
+    made: int = 0
 
     def fitting(self, inputs: Sequence[Any]) -> Body:
         """The body for some inputs."""

@@ -1,9 +1,9 @@
 """Checkpoint frames: what lies outside the chains, kept as its inputs and run again.
 
 The mechanism is the executor's: the forward builds the ordinary graph with handles in place of what
-it would save, and the first of them that a backward asks for runs the nodes again. What a block of a
-chain reconstructs, a checkpoint has kept: its inputs. Batch norms move their statistics once, unlike
-in ``torch.utils.checkpoint``. No FX in here.
+it would save, and the first of them that a backward asks for runs the nodes again. What a block of
+a chain reconstructs, a checkpoint has kept: its inputs. Batch norms move their statistics once,
+unlike in ``torch.utils.checkpoint``. No FX in here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which kind every frame of a program is: stored, reversed, checkpointed, and in how many slices."""
+"""Which kind every frame of a program is: stored, reversed, checkpointed, run in slices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Frames:
     Attributes:
         stored: per chain, how many of its last blocks are stored; the others are reversed.
         checkpointed: the steps outside the chains that are checkpoints; the others are stored.
-        slices: in how many slices at most a part runs.
+        slices: in how many slices the parts of the frame run that makes most on the way, of those
+            that can be cut; smaller ones run in fewer, so that their slices make as much.
     """
 
     stored: tuple[int, ...]
@@ -49,7 +50,9 @@ class Framed:
 
         Args:
             outline: cuts a graph into what the eager executor runs.
-            graph, root, wirings: what to cut, as for `outline`.
+            graph: what to cut.
+            root: the module its targets are looked up in.
+            wirings: where its chains lie.
         """
         framing = Framing(self.values, root)
         return framed(outline(graph, root, wirings, compile_graph, framing), self.frames)
@@ -78,31 +81,46 @@ def framed(program: Program, frames: Frames) -> Program:
         frames: what they are to be.
     """
     left = blocks(program)
+    most = max((body.made for body in bodies(program) if body.sliced), default=0)
 
     def step(index: int, given: Step) -> Step:
         if isinstance(given, Segment):
             if given.frame is None or index not in frames.checkpointed:
                 return replace(given, frame=None)
-            checkpoint = replace(given.frame, body=cut(given.frame.body, frames.slices))
+            checkpoint = replace(given.frame, body=cut(given.frame.body, frames.slices, most))
             return replace(given, frame=checkpoint)
         if not isinstance(given, RunBlock):
             return given
         stored = left[given.chain] <= frames.stored[given.chain]
         left[given.chain] -= 1
         parts = given.frame.body
-        body = None if stored or parts is None else cut(parts, frames.slices)
+        body = None if stored or parts is None else cut(parts, frames.slices, most)
         return replace(given, frame=replace(given.frame, stored=stored, body=body))
 
     return replace(program, steps=tuple(step(i, given) for i, given in enumerate(program.steps)))
 
 
-def cut(body: Body, slices: int) -> Body:
-    """The body with its parts run in at most so many slices."""
+def bodies(program: Program) -> list[Body]:
+    """What the frames of a program run, where it is in parts."""
+    found = (step.frame for step in program.steps if isinstance(step, (RunBlock, Segment)))
+    return [frame.body for frame in found if frame is not None and frame.body is not None]
+
+
+def cut(body: Body, slices: int, most: int) -> Body:
+    """The body with its parts run in slices.
+
+    Args:
+        body: whose parts know how they may be cut.
+        slices: how many those of the largest body run in; smaller ones in fewer.
+        most: bytes that the largest body makes.
+    """
+    own = -(-slices * body.made // max(most, 1))
     parts = []
     for part in body.parts:
         if part.slicing is not None:
-            slicing = replace(part.slicing, slices=slices) if slices > 1 else None
+            number = min(own, part.slicing.slices)
+            slicing = replace(part.slicing, slices=number) if number > 1 else None
             part = replace(part, slicing=slicing)
         parts.append(part)
-    other = body.otherwise and cut(body.otherwise, slices)
+    other = body.otherwise and cut(body.otherwise, slices, most)
     return replace(body, parts=tuple(parts), otherwise=other)

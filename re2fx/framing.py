@@ -6,7 +6,7 @@ the last cut, so that what one of them needs while it is run again stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from .partition import Compile, partition
 from .slicing import Region, regions
 
 NARROW = 4  # bytes made since the last cut per byte that crosses
-SHARE = 8  # a region makes at least this part of the bytes of the largest
+CHEAP = 8  # a region makes at least this part of the bytes of the largest
+DEAR = 2  # and this one, if that is run once more
 
 
 class Framing:
@@ -81,22 +82,49 @@ class Framing:
 
     def _in_parts(self, graph: Graph, values: dict[Node, Any], compile: Compile, name: str) -> Body:
         found = _worth_while(regions(graph, self.root, values), values)
-        return partition(graph, self.root, found, values, compile, name)
+        body = partition(graph, self.root, found, values, compile, name)
+        inside = sum(region.bytes for region in found)
+        return replace(body, made=max(inside, self._made(graph.nodes, values)))
+
+    def _made(self, nodes: Iterable[Node], values: Mapping[Node, Any]) -> int:
+        """Bytes of the values that share no memory with others."""
+        made = (n for n in nodes if n.op not in ("get_attr", "placeholder", "output"))
+        return sum(nbytes(values[n]) for n in made if not ops.may_alias(n, self.root))
 
 
 def _worth_while(found: Sequence[Region], values: Mapping[Node, Any]) -> list[Region]:
     """Regions that spare more than they return, and much of what the body makes.
 
-    Every region that others follow is run once more for those, so small ones cost more than they
-    spare.
+    One that another follows is run once more for that one's gradient, if it has a gradient itself.
     """
+    chosen: list[Region] = []
     most = max((region.bytes for region in found), default=0)
-    return [
-        region
-        for region in found
-        if region.bytes * SHARE >= most
-        and region.bytes >= sum(nbytes(values[node]) for node in region.outputs)
-    ]
+    for region in sorted(found, key=lambda r: -r.bytes):
+        twice = any(_feeds(a, b, values) for r in chosen for a, b in ((r, region), (region, r)))
+        least = most / (DEAR if twice else CHEAP)
+        returned = sum(nbytes(values[node]) for node in region.outputs)
+        if region.bytes >= max(least, returned):
+            chosen.append(region)
+    return [region for region in found if region in chosen]
+
+
+def _feeds(first: Region, second: Region, values: Mapping[Node, Any]) -> bool:
+    """Whether a region with a gradient is computed from another one."""
+    graded = any(_has_gradient(values[node]) for node in first.outputs)
+    seen, stack = set[Node](), list(first.outputs) if graded else []
+    goal = set(second.nodes)
+    while stack:
+        node = stack.pop()
+        if node in goal:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.users)
+    return False
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def may_run_again(flow: Flow, aliases: Aliases, nodes: Sequence[Node]) -> bool:

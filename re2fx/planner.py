@@ -328,7 +328,7 @@ def example_values(
 ) -> dict[str, Any]:
     """What the nodes of a graph come to, by their names, on ``meta``."""
     reader = _Reader(root, graph)
-    with forecast.running(), torch.no_grad():
+    with forecast.running():
         reader.run(*given)
     return reader.values
 

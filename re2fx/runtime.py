@@ -420,7 +420,8 @@ class ChainCall:
     def _again(self, index: int, stream: torch.Tensor, wanted: bool = False) -> Again:
         """A block's branch on its reconstructed input."""
         record, name = self.records[index], self._name(index)
-        assert isinstance(record.frame, Reverse) and record.trace is not None, "a block"
+        assert isinstance(record.frame, Reverse), "only blocks have a branch"
+        assert record.trace is not None, "every block has been run"
         stream = stream.detach().requires_grad_(record.needs_grad)
         inputs = [stream, *recall(record.sides, name)]
         # Recording gradients may choose another kernel, so an exact rerun records as the first did.
