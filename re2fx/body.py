@@ -126,6 +126,8 @@ class Part:
         lookup: finds the parameters and buffers it uses.
         packed: whether the function returns a tuple.
         slicing: how it may be run slice by slice.
+        apart: whether it is run again for its own gradient alone, and once more for the parts
+            behind it: nothing that it saves is there while they are differentiated.
     """
 
     function: Function
@@ -134,6 +136,7 @@ class Part:
     lookup: Lookup
     packed: bool = True
     slicing: Slicing | None = None
+    apart: bool = False
 
     def run(self, root: Any, values: Sequence[Any]) -> list[Any]:
         """All of it at once."""
@@ -464,7 +467,8 @@ class Again:
             span = self.trace.spans[before]
             for index in range(max(1, len(span.sizes))):
                 if not self._is_there(before) and index not in self._rows[before]:
-                    self._run(before, index, collect and not span.sizes)
+                    apart = self.trace.body.parts[before].apart
+                    self._run(before, index, collect and not span.sizes and not apart)
 
     def _run(self, number: int, index: int, collect: bool, stop: bool = False) -> None:
         """Run one slice of a part, or all of it, and lay its results where others find them.

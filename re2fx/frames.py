@@ -24,11 +24,14 @@ class Frames:
         checkpointed: the steps outside the chains that are checkpoints; the others are stored.
         slices: in how many slices the parts of the frame run that makes most on the way, of those
             that can be cut; smaller ones run in fewer, so that their slices make as much.
+        apart: frames that make at least this part of what the largest makes are brought back part
+            by part; none at 0.
     """
 
     stored: tuple[int, ...]
     checkpointed: frozenset[int]
     slices: int = 1
+    apart: float = 0
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,23 @@ def framed(program: Program, frames: Frames) -> Program:
     """
     left = blocks(program)
     most = max((body.made for body in bodies(program) if body.sliced), default=0)
+    large = max((body.made for body in bodies(program)), default=0) * frames.apart
+
+    def in_parts(body: Body) -> Body:
+        return cut(body, frames.slices, most, apart=0 < large <= body.made)
 
     def step(index: int, given: Step) -> Step:
         if isinstance(given, Segment):
             if given.frame is None or index not in frames.checkpointed:
                 return replace(given, frame=None)
-            checkpoint = replace(given.frame, body=cut(given.frame.body, frames.slices, most))
+            checkpoint = replace(given.frame, body=in_parts(given.frame.body))
             return replace(given, frame=checkpoint)
         if not isinstance(given, RunBlock):
             return given
         stored = left[given.chain] <= frames.stored[given.chain]
         left[given.chain] -= 1
         parts = given.frame.body
-        body = None if stored or parts is None else cut(parts, frames.slices, most)
+        body = None if stored or parts is None else in_parts(parts)
         return replace(given, frame=replace(given.frame, stored=stored, body=body))
 
     return replace(program, steps=tuple(step(i, given) for i, given in enumerate(program.steps)))
@@ -106,13 +113,14 @@ def bodies(program: Program) -> list[Body]:
     return [frame.body for frame in found if frame is not None and frame.body is not None]
 
 
-def cut(body: Body, slices: int, most: int) -> Body:
+def cut(body: Body, slices: int, most: int, apart: bool = False) -> Body:
     """The body with its parts run in slices.
 
     Args:
         body: whose parts know how they may be cut.
         slices: how many those of the largest body run in; smaller ones in fewer.
         most: bytes that the largest body makes.
+        apart: whether its other parts are brought back one by one.
     """
     own = -(-slices * body.made // max(most, 1))
     parts = []
@@ -121,6 +129,6 @@ def cut(body: Body, slices: int, most: int) -> Body:
             number = min(own, part.slicing.slices)
             slicing = replace(part.slicing, slices=number) if number > 1 else None
             part = replace(part, slicing=slicing)
-        parts.append(part)
-    other = body.otherwise and cut(body.otherwise, slices, most)
+        parts.append(replace(part, apart=apart))
+    other = body.otherwise and cut(body.otherwise, slices, most, apart)
     return replace(body, parts=tuple(parts), otherwise=other)

@@ -63,6 +63,23 @@ class Framing:
                 made = 0
         return pieces
 
+    def parts(self, nodes: Sequence[Node], values: Mapping[Node, Any]) -> list[list[Node]]:
+        """Nodes of a body, cut where little of what was made since the last cut crosses."""
+        last = {value: i for i, node in enumerate(nodes) for value in node.all_input_nodes}
+        own, pieces, made, fresh = set(nodes), [[]], 0, dict[Node, int]()
+        for index, node in enumerate(nodes):
+            pieces[-1].append(node)
+            size = 0 if ops.may_alias(node, self.root) else nbytes(values[node])
+            made, fresh[node] = made + size, nbytes(values[node])
+            crossing = sum(
+                bytes for value, bytes in fresh.items()
+                if last.get(value, -1) > index or any(user not in own for user in value.users)
+            )  # fmt: skip
+            if 0 < crossing * NARROW <= made and index + 1 < len(nodes):
+                pieces.append([])
+                made, fresh = 0, {}
+        return pieces
+
     def body(self, graph: Graph, compile: Compile, name: str) -> Body:
         """The body that runs a frame's graph, in slices where its nodes are independent."""
         values = {node: self.value(node) for node in graph.nodes}

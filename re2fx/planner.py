@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,7 +23,7 @@ from .budget import Memory
 from .codegen import compile_graph
 from .errors import BudgetError
 from .foresight import Forecast, Foreseen, total
-from .frames import Framed, Frames, blocks, checkpoints, framed
+from .frames import Framed, Frames, blocks, bodies, checkpoints, framed
 from .framing import Framing
 from .interpret import LiveInterpreter
 from .memory import storage_key
@@ -31,8 +31,16 @@ from .program import Program, RunBlock, Segment
 from .text import amount
 
 SLICES = (1, 4, 16)
+APART = 0.5
 ENOUGH = 0.05  # more slices must shrink the peak by this share
 OPERATIONS = {"cpu": 10, "cuda": 100}  # floating-point operations in the time of one byte moved
+
+
+class Level(NamedTuple):
+    """How frames are brought back: see `Frames`."""
+
+    slices: int = 1
+    apart: float = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ class Planner:
         self.frames = frozenset(checkpoints(program))
         self._seen: dict[Frames, Foreseen] = {}
         self._where: dict[Frames, str] = {}
+        self._found: list[Level] | None = None
         self.all_stored = Frames(tuple(self.blocks), frozenset())
         self.units = self._ordered()
 
@@ -145,20 +154,15 @@ class Planner:
     def _peak(self, frames: Frames) -> int:
         return self.foresee(frames).peak.peak
 
-    def _line(self, stored: int, slices: int) -> Frames:
-        """The candidate that stores so many of the units."""
+    def _line(self, stored: int, level: Level) -> Frames:
+        """The candidate of a level that stores so many of the units."""
         units = self.units[:stored]
         chains = tuple(sum(u.chain == chain for u in units) for chain in range(len(self.blocks)))
-        return Frames(chains, self.frames.difference(unit.step for unit in units), slices)
+        return Frames(chains, self.frames.difference(unit.step for unit in units), *level)
 
     def _lowest(self) -> Frames:
         """Everything a frame, in as many slices as still make a difference."""
-        best, *others = [self._line(0, slices) for slices in self._slices()]
-        for frames in others:
-            if self._peak(frames) > self._peak(best) * (1 - ENOUGH):
-                break
-            best = frames
-        return best
+        return self._line(0, self._levels()[-1])
 
     def _within(self, budget: int) -> Frames:
         """The least work within a budget."""
@@ -167,23 +171,21 @@ class Planner:
         if self._peak(self._lowest()) > budget:
             raise BudgetError(self._too_small(budget))
         found = []
-        for slices in self._slices():
-            stored = self._most_stored(budget, slices)
+        for level in self._levels():
+            stored = self._most_stored(budget, level)
             if stored is not None:
-                found.append(self._line(stored, slices))
-            if slices == self._lowest().slices:
-                break
+                found.append(self._line(stored, level))
         least = min(weigh(self.foresee(frames)) for frames in found)
         return next(f for f in found if weigh(self.foresee(f)) <= least * (1 + ENOUGH))
 
-    def _most_stored(self, budget: int, slices: int) -> int | None:
+    def _most_stored(self, budget: int, level: Level) -> int | None:
         """How many units can be stored within a budget; None if it is too small for none."""
-        if self._peak(self._line(0, slices)) > budget:
+        if self._peak(self._line(0, level)) > budget:
             return None
         low, high = 0, len(self.units)
         while low < high:
-            guess = self._guess(low, high, budget - self._peak(self._line(low, slices)))
-            if self._peak(self._line(guess, slices)) <= budget:
+            guess = self._guess(low, high, budget - self._peak(self._line(low, level)))
+            if self._peak(self._line(guess, level)) <= budget:
                 low = guess
             else:
                 high = guess - 1
@@ -194,12 +196,26 @@ class Planner:
         sizes = accumulate(unit.kept for unit in self.units[low:high])
         return low + max(1, sum(size <= room for size in sizes))
 
-    def _slices(self) -> Sequence[int]:
-        steps = self.program.steps
-        bodies = [s.frame.body for s in steps if isinstance(s, (RunBlock, Segment)) and s.frame]
-        parts = [part for body in bodies if body is not None for part in body.parts]
-        most = max((part.slicing.slices for part in parts if part.slicing is not None), default=1)
-        return [slices for slices in SLICES if slices <= most] or [1]
+    def _levels(self) -> list[Level]:
+        """Ways to shrink what a frame needs while it is brought back, each lower than the last."""
+        if self._found is None:
+            steps = (SLICES[0], *(s for s in SLICES[1:] if s <= 2 * self._most_slices()))
+            levels = [Level(slices) for slices in steps[:1]]
+            for slices in steps[1:]:
+                if not self._is_lower(Level(slices), levels[-1]):
+                    break
+                levels.append(Level(slices))
+            apart = levels[-1]._replace(apart=APART)
+            self._found = [*levels, apart] if self._is_lower(apart, levels[-1]) else levels
+        return self._found
+
+    def _is_lower(self, level: Level, than: Level) -> bool:
+        peaks = [self._peak(self._line(0, one)) for one in (level, than)]
+        return peaks[0] <= peaks[1] * (1 - ENOUGH)
+
+    def _most_slices(self) -> int:
+        parts = (part for body in bodies(self.program) for part in body.parts)
+        return max((part.slicing.slices for part in parts if part.slicing), default=1)
 
     def _too_small(self, budget: int) -> str:
         lowest = self._lowest()
