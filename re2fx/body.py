@@ -251,13 +251,13 @@ class Span:
         ambient: the surroundings it ran in.
         begins: the first slot of each slice, and behind the last one.
         sizes: items per slice; empty if it was run whole.
-        needs_grad: of each leaf of each result; None if it is no tensor.
+        needs_grad: of each tensor in each of its results.
     """
 
     ambient: Ambient
     begins: list[int]
     sizes: list[int] = field(default_factory=list)
-    needs_grad: list[Any] = field(default_factory=list)
+    needs_grad: list[list[bool]] = field(default_factory=list)
 
 
 class Trace:
@@ -300,9 +300,7 @@ class Trace:
             with span.ambient.observers.noted(self.saved):
                 results = self._run(part, span, root, reads, call, block)
             span.ambient.settle(root)
-            span.needs_grad = [
-                [_needs_grad(leaf) for leaf in pytree.tree_leaves(result)] for result in results
-            ]
+            span.needs_grad = [_needs_grad(result) for result in results]
             _put(values, part.writes, results)
             del reads, results
             for place in frees:
@@ -495,11 +493,8 @@ class Again:
             with torch.no_grad():
                 results = part.slicing.join([rows[place] for place in range(len(rows))])
             self._rows[number] = {}
-        flagged = [
-            _flagged_tree(value, flags)
-            for value, flags in zip(results, span.needs_grad, strict=True)
-        ]
-        _put(self._values, part.writes, flagged)
+        flagged = map(_flagged, results, span.needs_grad)
+        _put(self._values, part.writes, list(flagged))
 
     def _again(
         self,
@@ -590,17 +585,19 @@ def _put(values: list[Any], places: Sequence[int], results: Sequence[Any]) -> No
         values[place] = result
 
 
-def _needs_grad(value: Any) -> Any:
-    return value.requires_grad if isinstance(value, torch.Tensor) else None
+def _needs_grad(value: Any) -> list[bool]:
+    """Of each tensor in a value."""
+    return [x.requires_grad for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
-def _flagged_tree(value: Any, flags: Sequence[Any]) -> Any:
-    leaves, structure = pytree.tree_flatten(value)
-    return pytree.tree_unflatten(map(_flagged, leaves, flags), structure)
-
-
-def _flagged(value: Any, needs_grad: bool | None) -> Any:
-    return value if needs_grad is None else value.detach().requires_grad_(needs_grad)
+def _flagged(value: Any, needs_grad: Sequence[bool]) -> Any:
+    """A value with its tensors as leaves of their own; one without any stays what it is."""
+    if not needs_grad:
+        return value
+    flags = iter(needs_grad)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda tensor: tensor.detach().requires_grad_(next(flags)), value
+    )
 
 
 def _detached(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from . import ops
 from .body import Body, Part, Slicing
 from .replay import Lookup
-from .slicing import Region
+from .slicing import Facts, Region, order
 
 Compile = Callable[[Graph, str], Callable[..., Any]]
 
@@ -52,7 +52,7 @@ def partition(
             places[node] = len(places)
     inputs = len(places)
     parts = []
-    for number, piece in enumerate(_pieces(graph, regions)):
+    for number, piece in enumerate(_pieces(graph, root, regions, values)):
         label = f"{name}, part {number}"
         if piece.region is None:
             parts.append(_plain(piece.nodes, places, outputs, compile, label))
@@ -60,35 +60,60 @@ def partition(
             read = [node for node in piece.region.sliced if node.op == "get_attr"]
             if any(node not in places for node in read):
                 parts.append(_plain(read, places, read, compile, f"{label}, weights"))
-            parts.append(_sliced(piece.region, places, values, root, compile, label))
+            parts.append(_sliced(piece, piece.region, places, values, root, compile, label))
     return Body(tuple(parts), inputs, tuple(places[node] for node in outputs))
 
 
-def _pieces(graph: Graph, regions: Sequence[Region]) -> list[_Piece]:
-    """The nodes in an order in which every region runs at once."""
-    region_of = {node: region for region in regions for node in region.nodes}
-    done = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
-    waiting = [n for n in graph.nodes if n not in done and n.op != "output"]
+def _pieces(
+    graph: Graph, root: nn.Module, regions: Sequence[Region], values: dict[Node, Any]
+) -> list[_Piece]:
+    """The nodes in an order in which every region runs at once and writes stay in their places.
+
+    A region is not cut off if it would have to count what is made of its own results, or if it
+    comes between a value and what overwrites it: no part may change what it reads.
+    """
+    given = [node for node in graph.nodes if node.op in ("placeholder", "get_attr")]
+    if not regions:
+        nodes = [n for n in graph.nodes if n.op != "output" and n not in given]
+        return [_Piece(nodes)] if nodes else []
+    facts = Facts(graph, root, values)
+    items = order(facts, regions, numbers_first=True) or order(facts, regions)
+    assert items is not None, "regions that are found together have an order"
     pieces: list[_Piece] = []
-    while waiting:
-        piece = _Piece()
-        for node in waiting:
-            if node not in region_of and done.issuperset(node.all_input_nodes):
-                piece.nodes.append(node)
-                done.add(node)
-        if piece.nodes:
-            pieces.append(piece)
-        region = next((r for r in regions if _is_next(r, done)), None)
-        assert piece.nodes or region is not None, "regions are convex, one by one and together"
-        if region is not None:
-            pieces.append(_Piece(list(region.nodes), region))
-            done.update(region.nodes)
-        waiting = [node for node in waiting if node not in done]
+    done = dict.fromkeys(given, -1)  # in which piece
+
+    def without(number: int) -> list[_Piece]:
+        """The pieces without the last region up to a piece."""
+        last = next(p.region for p in reversed(pieces[: number + 1]) if p.region is not None)
+        return _pieces(graph, root, [region for region in regions if region is not last], values)
+
+    for item in items:
+        if isinstance(item, Region):
+            pieces.append(_Piece(_with_numbers(item, done), item))
+            if not set(done).issuperset(_reads(pieces[-1].nodes)):
+                return without(len(pieces) - 1)
+            done.update(dict.fromkeys(item.nodes, len(pieces) - 1))
+        elif item not in done and item.op != "output":
+            if not pieces or pieces[-1].region is not None:
+                pieces.append(_Piece())
+            number = len(pieces) - 1
+            pieces[-1].nodes.append(item)
+            done[item] = number
+            if any(0 <= done[value] < number for value in facts.overwritten(item)):
+                return without(number)
     return pieces
 
 
-def _is_next(region: Region, done: set[Node]) -> bool:
-    return done.isdisjoint(region.nodes) and done.issuperset(_reads(region.nodes))
+def _with_numbers(region: Region, done: Container[Node]) -> list[Node]:
+    """Its nodes, and those of the numbers that it reads and that nobody has counted yet."""
+    nodes = set(region.nodes)
+    waiting = list(nodes)
+    while waiting:
+        for value in waiting.pop().all_input_nodes:
+            if value in region.constants and value not in done and value not in nodes:
+                nodes.add(value)
+                waiting.append(value)
+    return sorted(nodes)
 
 
 def _reads(nodes: Sequence[Node]) -> list[Node]:
@@ -114,6 +139,7 @@ def _plain(
 
 
 def _sliced(
+    piece: _Piece,
     region: Region,
     places: dict[Node, int],
     values: dict[Node, Any],
@@ -123,9 +149,9 @@ def _sliced(
 ) -> Part:
     """A part that may run slice by slice."""
     tensors = [*region.sliced, *region.whole]
-    numbers = [n for n in _reads(region.nodes) if n in places and n not in tensors]
+    numbers = [n for n in _reads(piece.nodes) if n in places and n not in tensors]
     reads, writes = [*tensors, *numbers], list(region.outputs)
-    graph, targets = subgraph(region.nodes, reads, writes)
+    graph, targets = subgraph(piece.nodes, reads, writes)
     called = [node for node in region.nodes if node.op == "call_module"]
     modules = {str(n.target): type(ops.module_of(n, root)) for n in called}
     slicing = Slicing(

@@ -99,16 +99,19 @@ class Facts:
 
     def writes_own(self, node: Node, inside: Mapping[Node, Any]) -> bool:
         """Whether an in-place operation, if it is one, writes what a region made and lets go of."""
-        if not ops.is_inplace(node, self.root):
-            return True
-        older = [n for n in self._aliases.of(node) if self.position[n] < self.position[node]]
         when = self.position[node]
         return all(
             n in inside
             and self.name(n) not in _UNSURE
             and all(self.position[user] <= when for user in n.users)
-            for n in older
+            for n in self.overwritten(node)
         )
+
+    def overwritten(self, node: Node) -> list[Node]:
+        """The values made before an in-place operation, if it is one, whose memory it may write."""
+        if not ops.is_inplace(node, self.root):
+            return []
+        return [n for n in self._aliases.of(node) if self.position[n] < self.position[node]]
 
     def written_after(self, value: Node, reader: Node) -> bool:
         """Whether a value is overwritten once a node has read it."""

@@ -72,11 +72,18 @@ class Region:
         return graph
 
 
-def order(facts: Facts, found: Sequence[Region]) -> list[Node | Region] | None:
+def order(
+    facts: Facts, found: Sequence[Region], numbers_first: bool = False
+) -> list[Node | Region] | None:
     """The nodes of a graph with regions as units, in an order in which they can be run.
 
     As near as it was written; in-place writes stay where they were. None if there is no such order;
     what `regions` finds together has one.
+
+    Args:
+        facts: of the graph.
+        found: its regions.
+        numbers_first: whether a region waits for the numbers that it has as constants, too.
     """
     unit: dict[Node, Node | Region] = {node: region for region in found for node in region.nodes}
     waits: dict[Node | Region, set[Node | Region]] = {}
@@ -85,7 +92,8 @@ def order(facts: Facts, found: Sequence[Region]) -> list[Node | Region] | None:
         item = unit.get(node, node)
         first.setdefault(item, index)
         above = waits.setdefault(item, set())
-        numbers: Mapping[Node, Any] = facts.constants if isinstance(item, Region) else {}
+        has = isinstance(item, Region) and not numbers_first
+        numbers: Mapping[Node, Any] = facts.constants if has else {}
         above.update(unit.get(n, n) for n in facts.before[node] if n not in numbers)
         above.discard(item)
     readers: dict[Node | Region, list[Node | Region]] = {item: [] for item in waits}
