@@ -256,7 +256,7 @@ class _Outliner:
         parts = None
         if self.framing is not None:
             made = self.framing.body(graph, self.compile, f"branch {step.branch}")
-            parts = made if made.sliced else None
+            parts = made if len(made.parts) > 1 or made.sliced else None
         frame = Reverse(function, step.coupling, lookup, name, kept, tolerance, parts)
         output = self.flow.by_name[step.output]
         slot = self.slot(output) if self.read_outside(output, group.chain) else None

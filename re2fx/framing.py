@@ -6,24 +6,23 @@ the last cut, so that what one of them needs while it is run again stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from . import ops
 from .aliases import Aliases
 from .body import Body, Fixed
 from .expand import expand
 from .graph import Flow
-from .partition import Compile, partition
+from .partition import NARROW, Compile, partition
+from .sizes import nbytes
 from .slicing import Region, regions
 
-NARROW = 4  # bytes made since the last cut per byte that crosses
 CHEAP = 8  # a region makes at least this part of the bytes of the largest
 DEAR = 2  # and this one, if that is run once more
 
@@ -61,23 +60,6 @@ class Framing:
             if narrow and len(crossing) == 1 and index + 1 < len(nodes):
                 pieces.append([])
                 made = 0
-        return pieces
-
-    def parts(self, nodes: Sequence[Node], values: Mapping[Node, Any]) -> list[list[Node]]:
-        """Nodes of a body, cut where little of what was made since the last cut crosses."""
-        last = {value: i for i, node in enumerate(nodes) for value in node.all_input_nodes}
-        own, pieces, made, fresh = set(nodes), [[]], 0, dict[Node, int]()
-        for index, node in enumerate(nodes):
-            pieces[-1].append(node)
-            size = 0 if ops.may_alias(node, self.root) else nbytes(values[node])
-            made, fresh[node] = made + size, nbytes(values[node])
-            crossing = sum(
-                bytes for value, bytes in fresh.items()
-                if last.get(value, -1) > index or any(user not in own for user in value.users)
-            )  # fmt: skip
-            if 0 < crossing * NARROW <= made and index + 1 < len(nodes):
-                pieces.append([])
-                made, fresh = 0, {}
         return pieces
 
     def body(self, graph: Graph, compile: Compile, name: str) -> Body:
@@ -159,16 +141,3 @@ def may_run_again(flow: Flow, aliases: Aliases, nodes: Sequence[Node]) -> bool:
     return all(
         aliases.write_after(value, before) is None for value in reads if value.op != "get_attr"
     )
-
-
-def nbytes(value: Any) -> int:
-    """Bytes of the tensors in a value."""
-    tensors = (x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def leaves(values: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors among example values."""
-    for value in pytree.tree_leaves(dict(values)):
-        if isinstance(value, torch.Tensor):
-            yield value

@@ -12,7 +12,10 @@ from torch.fx import Graph, Node
 from . import ops
 from .body import Body, Part, Slicing
 from .replay import Lookup
+from .sizes import nbytes
 from .slicing import Facts, Region, order
+
+NARROW = 4  # bytes made since the last cut per byte that crosses
 
 Compile = Callable[[Graph, str], Callable[..., Any]]
 
@@ -52,7 +55,9 @@ def partition(
             places[node] = len(places)
     inputs = len(places)
     parts = []
-    for number, piece in enumerate(_pieces(graph, root, regions, values)):
+    whole = _pieces(graph, root, regions, values)
+    pieces = [part for piece in whole for part in _narrowed(piece, graph, root, values)]
+    for number, piece in enumerate(pieces):
         label = f"{name}, part {number}"
         if piece.region is None:
             parts.append(_plain(piece.nodes, places, outputs, compile, label))
@@ -102,6 +107,38 @@ def _pieces(
             if any(0 <= done[value] < number for value in facts.overwritten(item)):
                 return without(number)
     return pieces
+
+
+def _narrowed(
+    piece: _Piece, graph: Graph, root: nn.Module, values: dict[Node, Any]
+) -> list[_Piece]:
+    """Plain nodes cut where little crosses of what they have made since the last cut.
+
+    So that a part can be brought back without what the parts in front of it save.
+    """
+    if piece.region is not None or any(values.get(node) is None for node in piece.nodes):
+        return [piece]
+    facts = Facts(graph, root, values)
+    written = {n: i for i, node in enumerate(piece.nodes) for n in facts.overwritten(node)}
+    last = {value: i for i, node in enumerate(piece.nodes) for value in node.all_input_nodes}
+    own, found = set(piece.nodes), [_Piece()]
+    made, fresh = 0, dict[Node, int]()
+    for index, node in enumerate(piece.nodes):
+        found[-1].nodes.append(node)
+        view = ops.may_alias(node, root)
+        held = sum(fresh.get(value, 0) for value in node.all_input_nodes)
+        fresh[node] = min(nbytes(values[node]), held) if view else nbytes(values[node])
+        made += 0 if view else fresh[node]
+        crossing = sum(
+            size
+            for value, size in fresh.items()
+            if last.get(value, -1) > index or any(user not in own for user in value.users)
+        )
+        narrow = 0 < crossing * NARROW <= made and index + 1 < len(piece.nodes)
+        if narrow and not any(written.get(value, -1) > index for value in piece.nodes[: index + 1]):
+            found.append(_Piece())
+            made, fresh = 0, {}
+    return found
 
 
 def _with_numbers(region: Region, done: Container[Node]) -> list[Node]:
