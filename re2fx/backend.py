@@ -24,6 +24,7 @@ from .capture import Leaves
 from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
+from .budget import is_planned
 from .coupling import Coupling, Readout
 from .couplings import Couplings, check_drawn, resolve
 from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit
@@ -106,12 +107,12 @@ class Settings:
             raise OptionError(f"scope={self.scope!r}: expected one of 'graph', 'region'")
         if self.scope == "region" and self.memory == "store":
             raise OptionError("scope='region' runs reversibly; memory='store' needs scope='graph'")
-        if self.memory not in ("reversible", "store"):
+        _ = self.rewiring, self.inner
+        if is_planned(self.rewiring.memory):
             raise OptionError(
                 f"memory={self.memory!r} is planned for the eager executor: use re2fx.transform, "
                 "or 'reversible' or 'store' here"
             )
-        _ = self.rewiring, self.inner
         if self.exact and self.memory == "reversible" and self.whole:
             raise OptionError(f"exact={self.exact!r}: {EXACT_IN_REGIONS}")
 
