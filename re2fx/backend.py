@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from .budget import is_planned
 from .capture import Leaves
 from .codegen import compile_graph
 from .conditioning import check_conditioning
 from .consistency import check_consistency
-from .budget import is_planned
 from .coupling import Coupling, Readout
 from .couplings import Couplings, check_drawn, resolve
 from .cuts import check_bodies, check_cuts, warn_of_additions, warn_of_limit

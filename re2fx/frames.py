@@ -21,7 +21,8 @@ class Frames:
 
     Attributes:
         stored: per chain, how many of its last blocks are stored; the others are reversed.
-        checkpointed: the steps outside the chains that are checkpoints; the others are stored.
+        checkpointed: the steps outside the chains that are checkpoints, the others are stored; and
+            the blocks of chains in front of which the state is kept.
         slices: in how many slices the parts of the frame run that makes most on the way, of those
             that can be cut; smaller ones run in fewer, so that their slices make as much.
         apart: frames that make at least this part of what the largest makes are brought back part
@@ -102,7 +103,9 @@ def framed(program: Program, frames: Frames) -> Program:
         left[given.chain] -= 1
         parts = given.frame.body
         body = None if stored or parts is None else in_parts(parts)
-        return replace(given, frame=replace(given.frame, stored=stored, body=body))
+        checkpoint = index in frames.checkpointed
+        kinds = replace(given.frame, stored=stored, body=body, checkpoint=checkpoint)
+        return replace(given, frame=kinds)
 
     return replace(program, steps=tuple(step(i, given) for i, given in enumerate(program.steps)))
 

@@ -54,14 +54,26 @@ class Anchor:
         Raises:
             ReplayError: one of them was changed in place since.
         """
-        for state in (self.current, self.previous):
-            if state.changed:
-                raise ReplayError(
-                    f"{name}: a stream state of {tuple(state.tensor.shape)} that is kept here as "
-                    "an anchor was changed in place between the forward and the backward. Do not "
-                    "write to it (copy it first), or use memory='store'."
-                )
-        return self.current.tensor, self.previous.tensor
+        return state_of(self.current, name), state_of(self.previous, name)
+
+
+def state_of(held: Held, name: str) -> torch.Tensor:
+    """A stream state that is kept.
+
+    Args:
+        held: as it was kept.
+        name: of the block, for the message.
+
+    Raises:
+        ReplayError: it was changed in place since.
+    """
+    if held.changed:
+        raise ReplayError(
+            f"{name}: a stream state of {tuple(held.tensor.shape)} that is kept here as "
+            "an anchor was changed in place between the forward and the backward. Do not "
+            "write to it (copy it first), or use memory='store'."
+        )
+    return held.tensor
 
 
 def remember(sides: Sequence[Any]) -> list[Any]:

@@ -48,7 +48,7 @@ from .coupling import Coupling
 from .drift import Drift
 from .errors import ReplayError, StoredOnlyError, StreamError
 from .gauge import Gauge
-from .kept import Anchor, recall, remember, tensors_of
+from .kept import Anchor, Held, recall, remember, state_of, tensors_of
 from .layout import Relayout, restrided
 from .replay import Lookup
 from .wiring import DRIFT_TOLERANCE
@@ -70,6 +70,8 @@ class Reverse:
         body: the branch in parts, some of them run slice by slice; one part by default.
         stored: whether ordinary autograd keeps what the branch saves; the same must hold for all
             blocks behind it.
+        checkpoint: whether the state in front of it is kept instead of reconstructed: nothing that
+            its branch makes behind the last tensor that it saves need be made again.
     """
 
     branch: Function
@@ -80,6 +82,7 @@ class Reverse:
     tolerance: float = DRIFT_TOLERANCE
     body: Body | None = None
     stored: bool = False
+    checkpoint: bool = False
 
     def parts(self, sides: int) -> Body:
         """What is run, with so many side inputs."""
@@ -101,6 +104,7 @@ class Record:
     lost: torch.Tensor | None = None
     shapes: list[torch.Size] = field(default_factory=list)
     anchor: Anchor | None = None
+    before: Held | None = None
     draw: torch.Tensor | None = None
 
 
@@ -188,6 +192,8 @@ class ChainCall:
         record = Record(frame, remember(sides), None, current.requires_grad, current.stride())
         if index and current.dtype.to_real() in frame.anchored:
             record.anchor = Anchor.of(current, previous)
+        elif index and frame.checkpoint:
+            record.before = Held.of(previous)
         self._append(record)
         record.trace = Trace(frame.parts(len(sides)), current.device)
         (branch,) = record.trace.run(self.root, [current, *sides], self, index)
@@ -196,7 +202,8 @@ class ChainCall:
         following, lost = frame.coupling.advance(
             current, previous, branch, record.draw, self._gauge, frame.name
         )
-        record.lost = lost if index else None  # nothing lies before the first block
+        if index and record.before is None:  # else what lies before it is not reconstructed
+            record.lost = lost
         return self._follow(frame, following)
 
     def _append(self, record: Record) -> None:
@@ -252,6 +259,8 @@ class ChainCall:
             yield from tensors_of(record.sides)
             if record.anchor is not None:
                 yield from (record.anchor.current.tensor, record.anchor.previous.tensor)
+            if record.before is not None:
+                yield record.before.tensor
             if record.draw is not None:
                 yield record.draw
             if record.trace is not None:
@@ -414,7 +423,7 @@ class ChainCall:
         walk.previous = restrided(walk.previous, record.strides)
         # Autograd runs later blocks first, so what they collected and nobody asked for can go.
         walk.again = None
-        wanted = index > 0 and record.anchor is None
+        wanted = index > 0 and record.anchor is None and record.before is None
         walk.block, walk.again = index, self._again(index, walk.previous, wanted)
 
     def _again(self, index: int, stream: torch.Tensor, wanted: bool = False) -> Again:
@@ -459,6 +468,8 @@ class ChainCall:
             name, found = self._name(walk.front), walk.current
             walk.current, walk.previous = record.anchor.pair(name)
             walk.drift.note(name, frame.tolerance, found, walk.current)
+        elif record.before is not None:
+            walk.previous = state_of(record.before, self._name(walk.front))
         elif walk.front > 0:
             (branch,) = walk.again.result(collect)
             coupling = frame.coupling
