@@ -5,7 +5,7 @@ changes in the graph, ``report`` predicts what training keeps for the backward, 
 measures how far each coupling moves the output, ``verify`` compares a step with a stored one,
 ``record`` gives access to the streams of a call, ``emit`` shows the graphs that
 ``torch.compile(model, backend="re2fx")`` compiles, ``Schedule`` moves the coupling while the
-network trains.
+network trains. ``memory_course`` and ``foresee`` predict the memory of a whole training step.
 """
 
 from . import trainers
@@ -14,9 +14,11 @@ from .calibrate import calibrate
 from .calibration import Calibrated, Calibration
 from .candidates import CANDIDATES, Candidate
 from .coupling import Coupling
+from .course import MemoryCourse, memory_course
 from .diff import Diff, diff, history
 from .emitted import Emitted, emit
 from .errors import (
+    BudgetError,
     CaptureError,
     ChainCutError,
     ConditioningError,
@@ -38,7 +40,9 @@ from .explanation import Explanation
 from .findings import Finding, Verification
 from .fixed_point import FixedPoint
 from .footprint import ChainBytes, Kept, PartBytes, Report
+from .foresight import Foreseen, foresee
 from .guard import Drift, DriftGuard
+from .memory_plan import MemoryPlan
 from .module import RewiredModule
 from .peak import Peak, peak
 from .piecewise import PiecewiseModule
@@ -53,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CANDIDATES",
+    "BudgetError",
     "Calibrated",
     "Calibration",
     "Candidate",
@@ -70,9 +75,12 @@ __all__ = [
     "Explanation",
     "Finding",
     "FixedPoint",
+    "Foreseen",
     "InputError",
     "Kept",
     "Location",
+    "MemoryCourse",
+    "MemoryPlan",
     "ModeMismatchError",
     "NoResidualError",
     "OptionError",
@@ -98,7 +106,9 @@ __all__ = [
     "diff",
     "emit",
     "explain",
+    "foresee",
     "history",
+    "memory_course",
     "peak",
     "record",
     "report",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import routes
+from .budget import is_planned
 from .capture import Captured, Leaves
 from .choice import Weigh
 from .coupling import Coupling, Readout
@@ -26,14 +27,14 @@ from .errors import (
 from .explanation import Explanation, explanation, explanation_of_pieces
 from .fixed_point import FixedPoint
 from .given import as_module
-from .inputs import Call, InputSpec
+from .inputs import Call, InputSpec, split
 from .members import Members
 from .module import Executors, Memory, Rewired, RewiredModule
 from .options import Options
 from .passes.mark import mark
 from .passes.outline import outline
 from .pieces import Part, Pieces, Rewire, rewire_inside, rewire_pieces
-from .piecewise import Account, PiecewiseModule, merged_plan
+from .piecewise import Account, PiecewiseModule, check_whole, merged_plan
 from .pipeline import make_plan, recouple, rewire_modes, rewire_plan
 from .plan import Plan
 from .planner import plan_frames
@@ -85,7 +86,15 @@ def transform(
             the ``"stream"`` is read, or nowhere: ``"block"`` couples whole blocks and starts
             nearest to the given network, for couplings such as `Coupling.consistent` with b < 1/3.
             Norms behind additions stay where they are in the same way, under such couplings alone.
-        memory: ``"reversible"``, or ``"store"`` for ordinary autograd on the same network.
+        memory: ``"reversible"``, ``"store"`` for ordinary autograd on the same network, or what a
+            training step is to fit into: ``"lowest"``, or a budget in bytes, as a whole number or
+            as text such as ``"6GiB"`` or ``"500MB"``. Which blocks are reversed and which stored,
+            what outside the chains is run again and what runs in slices is then planned for the
+            shapes of ``example_inputs``, before this returns if the model is in train mode; see
+            `RewiredModule.memory_plan`. A budget is for what a step has alive at its highest above
+            parameters, gradients, buffers and inputs. Autocast that is active counts, so call this
+            under the one you train with; a loss outside the model does not. Steps are planned for
+            the eager executor.
         exact: carry the streams in fixed point, so that they are reconstructed to the bit at any
             depth; needs ``|b| = 2^-j`` and keeps ``j`` bits per element and block. A `FixedPoint`
             says how fine and how wide the numbers are.
@@ -117,6 +126,7 @@ def transform(
         ModeMismatchError: train and eval mode would be rewired differently.
         ConditioningError: the coupling cannot be inverted, or loses its digits in a few residuals.
         NoResidualError: nothing can be rewired, with ``strict=True``.
+        BudgetError: the budget is below what a training step takes at the least.
     """
     if isinstance(model, (RewiredModule, PiecewiseModule)):
         raise OptionError(f"{type(model).__name__} is rewired already")
@@ -127,9 +137,11 @@ def transform(
     how = coupling, readout, activation, memory
     options = Options(*how, policy, exact, drift_tolerance)
     policy.check_shapes(example_inputs)
+    check_budget(options.memory, example_inputs)
     check_not_sharded(model)
     pieces, captured = take(model, example_inputs, options, leaves, capture)
     if pieces.module is not None:
+        check_whole(pieces.module, options.memory)
         couple_pieces(pieces.module, options)
         return pieces.module
     assert captured is not None
@@ -137,7 +149,23 @@ def transform(
     if part.module is None:
         nothing_rewired(model, part.plan, captured, strict, pieces.account)
         return model
+    if is_planned(options.memory) and has_tensors(example_inputs) and model.training:
+        args, kwargs = split(example_inputs)
+        part.module.plan_memory(*args, **kwargs)
     return part.module
+
+
+def check_budget(memory: Memory, example_inputs: Any) -> None:
+    """A budget is for a step on inputs of some shapes.
+
+    Raises:
+        OptionError: there are none.
+    """
+    if isinstance(memory, int) and not has_tensors(example_inputs):
+        raise OptionError(
+            f"memory={memory!r}: a budget needs example_inputs, because what a step takes depends "
+            "on the inputs' shapes. Pass tensors of the shape you train with."
+        )
 
 
 def take(

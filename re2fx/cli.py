@@ -3,6 +3,7 @@
     re2fx explain torchvision:resnet50
     re2fx diff timm:vit_base_patch16_224 --html diff.html
     re2fx report torchvision:swin3d_t --input 1,3,16,112,112 --plot report.png
+    re2fx fit torchvision:swin3d_t --memory 2GiB --plot step.png
     re2fx verify transformers:gpt2?n_layer=4
     re2fx calibrate package.module:factory package.module:batches
     re2fx demo package.module:factory
@@ -38,6 +39,7 @@ from .cli_options import (
     InputOpt,
     JsonOpt,
     LeafOpt,
+    MemoryOpt,
     MinChainOpt,
     MinSavingOpt,
     PlotOpt,
@@ -47,6 +49,7 @@ from .cli_options import (
     TargetArg,
     chosen,
     read_coupling,
+    read_memory,
 )
 from .errors import Re2fxError, Re2fxWarning
 from .wiring import DRIFT_TOLERANCE
@@ -178,6 +181,47 @@ def report(
             made.model,
             made.inputs,
             measure=measure,
+            coupling=read_coupling(coupling),
+            readout=readout.value,
+            activation=activation.value,
+            exact=exact,
+            **chosen(leaf, capture, select, min_chain, min_saving, drift_tolerance),
+        )
+        if plot is not None:
+            result.plot(plot)
+    show(result, as_json)
+    if plot is not None:
+        note(f"wrote {plot}")
+
+
+@app.command()
+def fit(
+    target: TargetArg,
+    memory: MemoryOpt = "lowest",
+    input: InputOpt = None,
+    coupling: CouplingOpt = None,
+    readout: ReadoutOpt = ReadoutName.mean,
+    exact: ExactOpt = False,
+    activation: ActivationOpt = ActivationName.branch,
+    leaf: LeafOpt = None,
+    capture: CaptureOpt = CaptureName.auto,
+    select: SelectOpt = None,
+    min_chain: MinChainOpt = 2,
+    min_saving: MinSavingOpt = None,
+    drift_tolerance: DriftOpt = DRIFT_TOLERANCE,
+    as_json: JsonOpt = False,
+    plot: PlotOpt = None,
+) -> None:
+    """Fit a training step into memory: which frames are stored, run again, and in slices."""
+    from .course import memory_course
+    from .targets import load
+
+    with working(f"planning a step of {target}"):
+        made = load(target, input or (), "meta")
+        result = memory_course(
+            made.model,
+            made.inputs,
+            memory=read_memory(memory),
             coupling=read_coupling(coupling),
             readout=readout.value,
             activation=activation.value,

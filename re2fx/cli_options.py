@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .errors import OptionError
+
 
 class ReadoutName(str, Enum):
     """Values of --readout."""
@@ -91,6 +93,12 @@ HtmlOpt = Annotated[
 PlotOpt = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Write a picture (.png or .svg).")
 ]
+MemoryOpt = Annotated[
+    str,
+    typer.Option(
+        "--memory", "-m", metavar="lowest|BYTES", help="lowest, or a budget such as 6GiB or 500MB."
+    ),
+]
 
 
 def read_coupling(text: str | None) -> Any:
@@ -135,6 +143,16 @@ def chosen(
         "min_saving": None if min_saving is None else read_saving(min_saving),
         **drift,
     }
+
+
+def read_memory(text: str) -> str | int:
+    """The name, or a budget; a number without a unit is one of bytes."""
+    from .budget import checked_memory
+
+    try:
+        return checked_memory(int(text) if text.isdecimal() else text)
+    except OptionError as error:
+        raise typer.BadParameter(str(error), param_hint="--memory") from error
 
 
 def read_saving(text: str) -> int | float:

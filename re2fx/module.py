@@ -183,7 +183,8 @@ class RewiredModule(GraphModule):
     def plan_memory(self, *args: Any, **kwargs: Any) -> MemoryPlan:
         """Plan a training step for inputs of some shapes; arguments as of a call.
 
-        Nothing is run. Autocast that is active counts, so plan under that of the training.
+        It takes the place of a plan that there is. Nothing is run. Autocast that is active counts,
+        so plan under that of the training.
 
         Raises:
             OptionError: ``memory`` is no budget and not ``"lowest"``.
@@ -198,12 +199,12 @@ class RewiredModule(GraphModule):
             held = self._held(args, kwargs)
         assert not isinstance(held, UncapturedError), "what was captured for this very call"
         variant, inputs = held
-        return self._framed(variant, inputs)
+        return self._framed(variant, inputs, anew=True)
 
-    def _framed(self, variant: Variant, inputs: list[Any]) -> MemoryPlan:
+    def _framed(self, variant: Variant, inputs: list[Any], anew: bool = False) -> MemoryPlan:
         """The plan for calls of one kind, made if there is none."""
         mode = self.training
-        if mode not in variant.memory_plans:
+        if anew or mode not in variant.memory_plans:
             given = self._live, variant, mode, inputs, self._memory, self._executors
             made = self._executors.frame(*given)
             variant.framed[mode], variant.memory_plans[mode] = made

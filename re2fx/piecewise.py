@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .budget import checked_memory
 from .coupling import Coupling
 from .couplings import Couplings, change, couplings_of, simplest
 from .errors import OptionError
@@ -73,8 +74,10 @@ class PiecewiseModule(Twin):
     def memory(self) -> Memory:
         """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them.
 
+        With ``"lowest"`` each piece is planned by itself, at its first call with gradients.
+
         Raises:
-            OptionError: the pieces have been given different ones.
+            OptionError: the pieces have been given different ones, or a budget for the whole.
         """
         memories: dict[Memory, str] = {}
         for path, piece in self.pieces.items():
@@ -86,6 +89,7 @@ class PiecewiseModule(Twin):
 
     @memory.setter
     def memory(self, value: Memory) -> None:
+        check_whole(self, value)
         for piece in self.pieces.values():
             piece.memory = value
 
@@ -97,6 +101,20 @@ class PiecewiseModule(Twin):
     @coupling.setter
     def coupling(self, value: Couplings) -> None:
         change(self.pieces, value)
+
+
+def check_whole(module: nn.Module, memory: Memory) -> None:
+    """A budget is planned for one graph.
+
+    Raises:
+        OptionError: the module is in several pieces.
+    """
+    if isinstance(module, PiecewiseModule) and isinstance(checked_memory(memory), int):
+        raise OptionError(
+            f"memory={memory!r}: {type(module).__name__} could not be captured as a whole, and a "
+            "budget is planned for one graph. Use memory='lowest', or give each piece a budget of "
+            "its own: rev.pieces[path].memory = ..."
+        )
 
 
 def pieces_of(module: nn.Module) -> dict[str, RewiredModule]:

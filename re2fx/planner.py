@@ -27,13 +27,14 @@ from .frames import Framed, Frames, blocks, bodies, checkpoints, framed
 from .framing import Framing
 from .interpret import LiveInterpreter
 from .memory import storage_key
+from .memory_plan import OPERATIONS, told, weigh
+from .memory_plan import MemoryPlan as MemoryPlan
 from .program import Program, RunBlock, Segment
 from .text import amount
 
 SLICES = (1, 4, 16)
 APART = 0.5
 ENOUGH = 0.05  # more slices must shrink the peak by this share
-OPERATIONS = {"cpu": 10, "cuda": 100}  # floating-point operations in the time of one byte moved
 
 
 class Level(NamedTuple):
@@ -58,50 +59,6 @@ class Unit:
     chain: int
     cost: float
     kept: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How a training step was fitted into memory; print it.
-
-    Attributes:
-        memory: what was asked for: a name, or a budget in bytes.
-        frames: the kind of every frame.
-        predicted: the step as planned.
-        stored: the step with nothing run again.
-        where: the frame that the backward was in at the peak.
-        counts: how many frames there are of each kind.
-    """
-
-    memory: Memory
-    frames: Frames
-    predicted: Foreseen
-    stored: Foreseen
-    where: str
-    counts: dict[str, int]
-
-    @property
-    def work(self) -> float:
-        """Operations of the step, of those of the stored one."""
-        return weigh(self.predicted) / weigh(self.stored)
-
-    def __str__(self) -> str:
-        asked = f"a budget of {amount(self.memory)}" if isinstance(self.memory, int) else "lowest"
-        kinds = ", ".join(f"{number} {kind}" for kind, number in self.counts.items() if number)
-        peak, stored = self.predicted.peak.peak, self.stored.peak.peak
-        return (
-            f"memory plan for {asked}: {amount(peak)} at the highest, predicted; stored execution "
-            f"takes {amount(stored)}, {stored / max(peak, 1):.1f} times as much\n"
-            f"  frames: {kinds}\n"
-            f"  work: {self.work:.2f} times that of stored execution\n"
-            f"  highest in the {self.predicted.phase}, {self.where}"
-        )
-
-
-def weigh(step: Foreseen) -> float:
-    """Work of a step, in floating-point operations."""
-    device = step.peak.device.split(":")[0]
-    return step.flops + OPERATIONS.get(device, OPERATIONS["cpu"]) * step.moved
 
 
 class Planner:
@@ -141,7 +98,8 @@ class Planner:
             self.foresee(frames),
             self.foresee(self.all_stored),
             self._where[frames],
-            self._counts(frames),
+            self.name,
+            *told(self.program, frames, {unit.step: unit.kept for unit in self.units}),
         )
 
     def foresee(self, frames: Frames) -> Foreseen:
@@ -225,23 +183,6 @@ class Planner:
             f"the {self.foresee(lowest).phase}, {self._where[lowest]}. Use smaller inputs or a "
             "larger budget."
         )
-
-    def _counts(self, frames: Frames) -> dict[str, int]:
-        stored = sum(frames.stored)
-        program = framed(self.program, frames)
-        bodies = [
-            step.frame.body
-            for step in program.steps
-            if isinstance(step, (RunBlock, Segment)) and step.frame is not None
-        ]
-        sliced = sum(body is not None and body.sliced for body in bodies)
-        return {
-            "blocks reversed": sum(self.blocks) - stored,
-            "blocks stored": stored,
-            "checkpoints": len(frames.checkpointed),
-            "segments stored": len(self.frames) - len(frames.checkpointed),
-            f"of them in up to {frames.slices} slices": sliced,
-        }
 
     # what storing a frame takes, and what it spares
 

@@ -19,6 +19,7 @@ DOORS = {
     "cli",
     "diff",
     "columns",
+    "course",
     "report",
     "weigh",
     "zoo",
