@@ -103,8 +103,8 @@ def framed(program: Program, frames: Frames) -> Program:
         left[given.chain] -= 1
         parts = given.frame.body
         body = None if stored or parts is None else in_parts(parts)
-        checkpoint = index in frames.checkpointed
-        kinds = replace(given.frame, stored=stored, body=body, checkpoint=checkpoint)
+        kept = index in frames.checkpointed
+        kinds = replace(given.frame, stored=stored, body=body, checkpoint=kept)
         return replace(given, frame=kinds)
 
     return replace(program, steps=tuple(step(i, given) for i, given in enumerate(program.steps)))

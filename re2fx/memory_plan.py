@@ -31,15 +31,17 @@ class ChainFrames:
 
     Attributes:
         first, last: what its first and last block are called.
-        reversed: how many are undone in the backward, the first ones.
+        reversed: how many are undone in the backward.
+        checkpoints: in front of how many the state is kept.
         stored: how many keep what ordinary autograd keeps, the last ones.
-        sliced: how many of the reversed ones are run again in slices, at least in part.
-        spared: bytes that the reversed ones would keep if they were stored.
+        sliced: how many of the others are run again in slices, at least in part.
+        spared: bytes that the others would keep if they were stored.
     """
 
     first: str
     last: str
     reversed: int
+    checkpoints: int
     stored: int
     sliced: int
     spared: int
@@ -97,6 +99,7 @@ class MemoryPlan:
         checkpoints = [frame for frame in self.outside if frame.checkpoint]
         return {
             "blocks reversed": sum(chain.reversed for chain in self.chains),
+            "blocks with their state kept": sum(chain.checkpoints for chain in self.chains),
             "blocks stored": sum(chain.stored for chain in self.chains),
             "checkpoints": len(checkpoints),
             "segments stored": len(self.outside) - len(checkpoints),
@@ -143,7 +146,7 @@ class MemoryPlan:
         rows = []
         for number, chain in enumerate(self.chains):
             label = f"chain {number}, {span(map(_module, (chain.first, chain.last)))}"
-            cells = chain.reversed, 0, chain.stored, chain.sliced, chain.spared
+            cells = chain.reversed, chain.checkpoints, chain.stored, chain.sliced, chain.spared
             rows.append((label, *_cells(*cells)))
         if self.outside:
             again = [frame for frame in self.outside if frame.checkpoint]
@@ -238,10 +241,12 @@ def told(
 def _chain(blocks: Iterable[tuple[RunBlock, int]]) -> ChainFrames:
     blocks = list(blocks)
     again = [(step.frame, size) for step, size in blocks if not step.frame.stored]
+    checkpoints = sum(frame.checkpoint for frame, _ in again)
     return ChainFrames(
         first=blocks[0][0].frame.name,
         last=blocks[-1][0].frame.name,
-        reversed=len(again),
+        reversed=len(again) - checkpoints,
+        checkpoints=checkpoints,
         stored=len(blocks) - len(again),
         sliced=sum(frame.body is not None and frame.body.sliced for frame, _ in again),
         spared=sum(size for _, size in again),

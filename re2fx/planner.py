@@ -10,7 +10,7 @@ front of them; they are also the first that a backward frees.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -29,11 +29,14 @@ from .interpret import LiveInterpreter
 from .memory import storage_key
 from .memory_plan import OPERATIONS, told, weigh
 from .memory_plan import MemoryPlan as MemoryPlan
-from .program import Program, RunBlock, Segment
+from .program import Leave, Program, RunBlock, record
+from .runtime import ChainCall
+from .sizes import nbytes
 from .text import amount
 
 SLICES = (1, 4, 16)
 APART = 0.5
+AMPLE = 1.5  # times what frames run whole take: slices would not let much more be stored
 ENOUGH = 0.05  # more slices must shrink the peak by this share
 
 
@@ -46,19 +49,21 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """A frame that may be stored instead of run again.
+    """A frame that may be stored instead of run again, or a state that may be kept.
 
     Attributes:
         step: its place in the program.
         chain: of a block; -1 outside the chains.
-        cost: of running it again, in floating-point operations.
-        kept: bytes that it keeps if it is stored.
+        cost: what that spares, in floating-point operations.
+        kept: bytes that it takes.
+        state: whether it is the state in front of a block.
     """
 
     step: int
     chain: int
     cost: float
     kept: int
+    state: bool = False
 
 
 class Planner:
@@ -82,6 +87,7 @@ class Planner:
         self._seen: dict[Frames, Foreseen] = {}
         self._where: dict[Frames, str] = {}
         self._found: list[Level] | None = None
+        self._kept: dict[int, int] = {}  # by step, if it is stored
         self.all_stored = Frames(tuple(self.blocks), frozenset())
         self.units = self._ordered()
 
@@ -99,7 +105,7 @@ class Planner:
             self.foresee(self.all_stored),
             self._where[frames],
             self.name,
-            *told(self.program, frames, {unit.step: unit.kept for unit in self.units}),
+            *told(self.program, frames, self._kept),
         )
 
     def foresee(self, frames: Frames) -> Foreseen:
@@ -114,9 +120,11 @@ class Planner:
 
     def _line(self, stored: int, level: Level) -> Frames:
         """The candidate of a level that stores so many of the units."""
-        units = self.units[:stored]
-        chains = tuple(sum(u.chain == chain for u in units) for chain in range(len(self.blocks)))
-        return Frames(chains, self.frames.difference(unit.step for unit in units), *level)
+        stores = [unit for unit in self.units[:stored] if not unit.state]
+        states = {unit.step for unit in self.units[:stored] if unit.state}
+        chains = tuple(sum(u.chain == chain for u in stores) for chain in range(len(self.blocks)))
+        again = self.frames.difference(unit.step for unit in stores)
+        return Frames(chains, again | states, *level)
 
     def _lowest(self) -> Frames:
         """Everything a frame, in as many slices as still make a difference."""
@@ -126,10 +134,12 @@ class Planner:
         """The least work within a budget."""
         if self._peak(self.all_stored) <= budget:
             return self.all_stored
-        if self._peak(self._lowest()) > budget:
+        simple = self._line(0, Level())
+        ample = budget >= AMPLE * self._peak(simple)
+        if not ample and self._peak(self._lowest()) > budget:
             raise BudgetError(self._too_small(budget))
         found = []
-        for level in self._levels():
+        for level in [Level()] if ample else self._levels():
             stored = self._most_stored(budget, level)
             if stored is not None:
                 found.append(self._line(stored, level))
@@ -187,13 +197,14 @@ class Planner:
     # what storing a frame takes, and what it spares
 
     def _ordered(self) -> list[Unit]:
-        """All units, those first whose storing spares most work per byte; chains from the end."""
+        """All units, those first that spare most work per byte; chains are stored from the end."""
         units = self._profile()
         chains = {
-            chain: sorted((u for u in units if u.chain == chain), key=lambda u: -u.step)
+            chain: sorted((u for u in units if u.chain == chain and not u.state), key=_from_end)
             for chain in range(len(self.blocks))
         }
-        waiting = [[unit] for unit in units if unit.chain < 0] + list(chains.values())
+        single = [[unit] for unit in units if unit.chain < 0 or unit.state]
+        waiting = single + [chain for chain in chains.values() if chain]
         ordered: list[Unit] = []
         while waiting:
             best = max(waiting, key=_merit)
@@ -202,37 +213,79 @@ class Planner:
         return ordered
 
     def _profile(self) -> list[Unit]:
-        """Cost and kept bytes of every unit, read off one stored forward."""
-        program = framed(self.program, self.all_stored)
-        forecast, units = self.forecast, list[Unit]()
-        seen = set(forecast.members)
-        kept = [0]
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            key = storage_key(tensor)
-            if key not in seen:
-                seen.add(key)
-                kept[0] += tensor.untyped_storage().nbytes()
-            return tensor
-
-        before = 0.0
+        """What every unit spares and takes, read off one stored forward."""
+        program, units = framed(self.program, self.all_stored), list[Unit]()
+        count = _Count(self.forecast, self._per_byte)
 
         def after(index: int) -> None:
-            nonlocal before
-            now = forecast.meter.flops + self._per_byte * forecast.meter.moved
+            spent, tail, kept = count.since_last()
             step = self.program.steps[index]
+            self._kept[index] = kept
             if isinstance(step, RunBlock):
-                units.append(Unit(index, step.chain, now - before, kept[0]))
+                units.append(Unit(index, step.chain, spent, kept))
+                units.append(Unit(index, step.chain, tail, 0, state=True))
             elif index in self.frames:
-                units.append(Unit(index, -1, now - before, kept[0]))
-            before, kept[0] = now, 0
+                units.append(Unit(index, -1, spent, kept))
 
         def forward() -> torch.Tensor:
-            with saved_tensors_hooks(pack, lambda tensor: tensor):
-                return self.run(program, after)
+            with saved_tensors_hooks(count.pack, lambda tensor: tensor), record() as calls:
+                result = self.run(program, after)
+            ends = [step.chain for step in program.steps if isinstance(step, Leave)]
+            sizes.update(zip(ends, (_state_size(call) for call in calls), strict=True))
+            return result
 
-        self._seen[self.all_stored], self._where[self.all_stored] = forecast.step(forward)
-        return units
+        sizes: dict[int, int] = {}
+        step = self.forecast.step(forward)
+        self._seen[self.all_stored], self._where[self.all_stored] = step
+        first = {u.chain: u.step for u in reversed(units) if u.chain >= 0}
+        return [
+            replace(unit, kept=sizes[unit.chain]) if unit.state else unit
+            for unit in units
+            if not (unit.state and unit.step == first[unit.chain])
+        ]
+
+
+class _Count:
+    """Work done and bytes kept between the steps of a program.
+
+    Args:
+        forecast: whose meter counts the work.
+        per_byte: operations in the time of one byte moved.
+    """
+
+    def __init__(self, forecast: Forecast, per_byte: float) -> None:
+        self._forecast, self._per_byte = forecast, per_byte
+        self._seen = set(forecast.members)
+        self._kept, self._before, self._last = 0, 0.0, 0.0
+
+    @property
+    def _work(self) -> float:
+        meter = self._forecast.meter
+        return meter.flops + self._per_byte * meter.moved
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Note a tensor that is saved."""
+        key = storage_key(tensor)
+        if key not in self._seen:
+            self._seen.add(key)
+            self._kept += tensor.untyped_storage().nbytes()
+        self._last = self._work
+        return tensor.detach()  # else what saves its own result would never go
+
+    def since_last(self) -> tuple[float, float, int]:
+        """Work done, of it behind the last saved tensor, and bytes kept, since it was asked."""
+        work = self._work
+        found = work - self._before, work - max(self._last, self._before), self._kept
+        self._before, self._kept = work, 0
+        return found
+
+
+def _state_size(call: ChainCall) -> int:
+    return nbytes(call.states)
+
+
+def _from_end(unit: Unit) -> int:
+    return -unit.step
 
 
 def _merit(units: Sequence[Unit]) -> float:
