@@ -3,6 +3,7 @@
     explain.svg   a terminal
     diff-*.png    the page of a diff in a browser (needs Chromium)
     report.png    the bytes kept for the backward
+    fit.png       memory over the course of a step, predicted (a few minutes)
     verify.png    reconstruction error against depth
 
 Nothing here is timed, so the pictures are the same on every machine but for fonts.
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 
 import re2fx
+from re2fx.targets import load
 
 from .common import RESULTS
 from .torchvision_shim import ensure_torchvision
@@ -82,6 +84,9 @@ def main() -> None:
         re2fx.diff(swin, rev).to_html(page)
         screenshot(page, PICTURES / "diff.png", 1280, 860)
     re2fx.report(swin, torch.randn(4, 3, 224, 224)).plot(PICTURES / "report.png")
+    made = load("torchvision:swin3d_b", ["4,3,32,224,224"], "meta")
+    course = re2fx.memory_course(made.model, made.inputs, memory="3GiB")
+    course.plot(PICTURES / "fit.png")
     verification = re2fx.verify(re2fx.transform(vit), torch.randn(4, 3, 32, 32))
     verification.plot(PICTURES / "verify.png")
     terminal(verification, "re2fx verify", PICTURES / "verify.svg")

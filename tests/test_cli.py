@@ -75,7 +75,7 @@ def test_what_is_not_understood_is_exit_code_two(
 def test_help_names_every_command_and_option(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capfd, "--help")
     assert code == 0
-    commands = ("explain", "diff", "report", "verify", "demo")
+    commands = ("explain", "diff", "report", "fit", "verify", "demo")
     assert all(command in out for command in (*commands, "calibrate"))
     for command in commands:
         code, out, _ = run(capfd, command, "-h")
