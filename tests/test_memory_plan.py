@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ def test_the_picture_keeps_the_highest_point_of_a_long_step() -> None:
     line = (*line[:777], top, *line[778:])
     long = Foreseen(Peak(3 * MIB, 0, "cpu", line), "forward", len(line), 1, 1)
     figure = plot("long", {"plain": long}, None, None)
-    drawn = figure.axes[0].lines[0].get_ydata()
+    drawn = list(np.asarray(figure.axes[0].lines[0].get_ydata()))
     assert max(drawn) == 3
     assert len(drawn) <= 2 * (COLUMNS + 1)
 
