@@ -5,7 +5,9 @@ functional calls (two graphs, one per mode), it loses the backward of a custom
 ``autograd.Function`` (its module stays a leaf), it takes the wrong branch at ``if mask is not
 None`` (arguments that are not given are fixed to their defaults, and checked at every call), and it
 leaves constants behind on the traced model (they are kept apart), it draws random numbers once and
-keeps them, and it changes a buffer once, while tracing (such modules stay leaves).
+keeps them, and it changes a buffer once, while tracing (such modules stay leaves). So do modules
+that run operations under another state than the forward began with, such as autocast or
+``no_grad``: plain tracing loses it.
 """
 
 from __future__ import annotations
@@ -29,14 +31,20 @@ from .constants import make_anew
 from .errors import CaptureError
 from .inputs import InputSpec
 from .ops import has_hooks
+from .state import State, put_back, saving_stops, seeds_stop
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PYTHON = os.path.dirname(os.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_TRACERS = {os.path.join(_HERE, f"{name}.py") for name in ("capture", "export_capture")}
+_TRACERS = {os.path.join(_HERE, f"{name}.py") for name in ("capture", "export_capture", "state")}
 
 Leaves = Sequence["str | type[nn.Module]"]
 REMEDY = " What to try: "
+_WHOLE = "leaves=[...] keeps a submodule whole"
+_FOLLOWED = "capture='dynamo' keeps it"
+_KEPT = dict.fromkeys(
+    ("autocast", "gradient mode", "inference mode", "choice of attention kernels"), _FOLLOWED
+)
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,7 @@ class Tracer(fx.Tracer):
         self._inputs = inputs
         self._paths = {leaf for leaf in whole if isinstance(leaf, str)}
         self._classes = tuple(leaf for leaf in whole if isinstance(leaf, type))
+        self._state: State | None = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node."""
@@ -260,7 +269,8 @@ class Tracer(fx.Tracer):
         before = set(vars(model))
         try:
             before_all = python_generators()
-            with _custom_functions_stop(), _NoEffects(model):
+            with _one_state(), _custom_functions_stop(), _NoEffects(model):
+                self._state = State()
                 graph = self.trace(model)
             _check_generators(before_all)
         except _Untraceable:
@@ -296,7 +306,17 @@ class Tracer(fx.Tracer):
 
         return call, [self.root]
 
+    def check_state(self) -> None:
+        """Raise if operations now come under another state than the forward began with."""
+        changed = self._state.changed() if self._state is not None else None
+        if changed is not None:
+            raise _Effect(
+                f"operations run under another {changed} here than the forward began with, which "
+                f"symbolic tracing would lose; {_KEPT.get(changed, _WHOLE)}"
+            )
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.check_state()
         node = super().create_node(*args, **kwargs)
         frame = user_frame(sys._getframe(1))
         if frame is not None and node.op not in ("placeholder", "output"):
@@ -313,6 +333,7 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        self.check_state()  # here, where the caller is to blame
         before = python_generators()
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -323,6 +344,19 @@ class Tracer(fx.Tracer):
         except Exception as error:
             path = self.path_of_module(m)
             raise _Untraceable(path, reason_of(error), line_of(error)) from error
+
+
+@contextmanager
+def _one_state() -> Iterator[None]:
+    """A forward is traced with gradients on, and what it sets is set back."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        put_back(),
+        seeds_stop(_Effect, is_library),
+        saving_stops(_Effect),
+    ):
+        yield
 
 
 def _check_generators(before: tuple[Any, ...]) -> None:

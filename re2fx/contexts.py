@@ -12,17 +12,23 @@ lies in one as a whole is run there. Everything else would run under another sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.nn import attention
 
 from . import ops
+from .errors import CaptureError
+from .state import allow_attention_kernels, attention_kernels
 
 if TYPE_CHECKING:
     from .graph import Flow
+
+sdpa: Any = attention
+Allowed = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,65 @@ def enter_grad_mode(mode: bool) -> bool:
 def exit_grad_mode(before: bool) -> None:
     """Switch gradients back to what they were."""
     torch._C._set_grad_enabled(before)
+
+
+def enter_sdpa_kernel(names: Sequence[str]) -> Allowed:
+    """Allow these kernels of attention and no other; returns which were allowed."""
+    before = attention_kernels()
+    sdpa._sdpa_kernel([sdpa._backend_from_string(name) for name in names])
+    return before
+
+
+def exit_sdpa_kernel(before: Allowed) -> None:
+    """Allow the kernels of attention that were allowed before."""
+    allow_attention_kernels(before)
+
+
+def pair_attention_kernels(graph: Graph) -> None:
+    """Write ``with sdpa_kernel(...)`` of a graph that was captured as what enters and leaves it.
+
+    Dynamo writes both as calls of one function, the second with the kernels that the capture found.
+
+    Raises:
+        CaptureError: an order of kernels is set, or they are not set back.
+    """
+    now = frozenset(kernel.name for kernel in sdpa._cur_sdpa_kernel_backends())
+    opened: list[tuple[Node, frozenset[str]]] = []
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not sdpa._sdpa_kernel:
+            continue
+        kernels, *ordered = node.args
+        if any(ordered):
+            raise CaptureError("it sets an order of attention kernels, which would not be kept")
+        read = [value for value in kernels if isinstance(value, Node)]
+        names = tuple(str(value.args[0]) for value in read)
+        if opened and opened[-1][1] == frozenset(names):
+            enter, now = opened.pop()
+            node.target, node.args = exit_sdpa_kernel, (enter,)
+        else:
+            opened.append((node, now))
+            node.target, node.args, now = enter_sdpa_kernel, (names,), frozenset(names)
+        for value in read:
+            if not value.users:
+                graph.erase_node(value)
+    if opened:
+        raise CaptureError("it sets the attention kernels and does not set them back")
+
+
+def refuse_settings(graph: Graph) -> None:
+    """Refuse a graph that sets a state which no part of a program takes along.
+
+    Raises:
+        CaptureError: names the function, and the user's line if it is known.
+    """
+    for node in graph.nodes:
+        name = name_of(node) if node.op == "call_function" else ""
+        known = ops.switches_context(node) or "fwd_grad" in name
+        torchs = str(getattr(node.target, "__module__", "")).partition(".")[0] == "torch"
+        if torchs and name.lstrip("_").startswith("set_") and not known:
+            file, line, *_ = node.meta.get("source_line") or ("", 0)
+            where = f" ({file}:{line})" if file else ""
+            raise CaptureError(f"it calls {name}, which a part that is run again would miss{where}")
 
 
 def restore_grad_modes(graph: Graph) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .capture import is_library
 from .checkpoints import write_out_checkpoints
-from .contexts import restore_grad_modes
+from .contexts import pair_attention_kernels, refuse_settings, restore_grad_modes
 from .dynamo import locate
 from .errors import CaptureError
 from .inputs import InputSpec
@@ -123,6 +123,8 @@ def call(
         for dimension in dimensions(value):
             torch._dynamo.maybe_mark_dynamic(value, dimension)
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),  # else a part without gradients would look like the rest
         settings(torch._dynamo.config).patch(
             specialize_int=True,
             specialize_float=True,
@@ -222,6 +224,8 @@ class Assembly:
             self.ask_for_device(node)
             locate(node)
         restore_grad_modes(self.new)
+        pair_attention_kernels(self.new)
+        refuse_settings(self.new)
         self.new.lint()
         return self.new, self.shapes(fakes)
 

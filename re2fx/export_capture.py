@@ -3,7 +3,8 @@
 The forward is traced in Python on fake tensors (``strict=False``), so what stops Dynamo, such as a
 print, a logger or ``nn.LSTM``, does not matter here. What export would lose without a word stops
 it: hooks, the backward of a custom ``autograd.Function``, checkpointing, random numbers drawn in
-Python, tensors that the forward assigns to the model.
+Python, seeds, tensors that the forward assigns to the model, and a state that operations run under
+other than autocast and gradient modes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.overrides import TorchFunctionMode
 
-from .capture import line_of, python_generators, reason_of, user_frame
+from .capture import is_library, line_of, python_generators, reason_of, user_frame
 from .dynamo_capture import unassigned
 from .errors import CaptureError
 from .export_graph import Assembly
@@ -29,6 +30,7 @@ from .inputs import InputSpec
 from .ops import has_hooks
 from .outputs import OutputSpec, replaced
 from .shapes import Shapes
+from .state import LOST_BY_EXPORT, State, put_back, seeds_stop, swapped
 
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # Operations in a size, such as those of padding to windows; the time to trace grows with them.
@@ -90,7 +92,7 @@ class Flat(nn.Module):
         """Call the model and note what it returns."""
         given = iter(values)
         arguments = self._inputs.arguments(lambda name: next(given))
-        with Apart(self._call.all_sizes):
+        with seeds_stop(Lost, is_library), put_back(), Apart(self._call.all_sizes):
             returned = self.model(*arguments.args, **arguments.kwargs)
         results: dict[int, Any] = {}
 
@@ -119,10 +121,17 @@ class Apart(TorchFunctionMode):
     def __init__(self, bounded: bool) -> None:
         super().__init__()
         self._bounded = bounded
+        self._state = State(LOST_BY_EXPORT)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        changed = self._state.changed()
+        if changed is not None:
+            raise Lost(
+                f"operations run under another {changed} here than the forward began with, which "
+                "export would lose"
+            )
         if func in _HOOKS:
             raise Lost("it registers a hook on a tensor, which export would lose")
         if func in _MAY_RETURN_ITSELF and args and isinstance(args[0], Tensor):
@@ -246,14 +255,3 @@ def noticing() -> Iterator[None]:
         stack.enter_context(swapped(function, "apply", classmethod(apply)))
         stack.enter_context(swapped(hooks, "__enter__", enter))
         yield
-
-
-@contextmanager
-def swapped(owner: type, name: str, value: Any) -> Iterator[None]:
-    """Give a class another member for a while."""
-    own = owner.__dict__.get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, own) if own is not None else delattr(owner, name)

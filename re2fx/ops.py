@@ -185,6 +185,7 @@ def switches_context(node: Node) -> bool:
         "_nesting",
         "inference_mode",
         "functorch",
+        "sdpa_kernel",
     )
     return any(word in name for word in words)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from .errors import ReplayError
 from .observers import Observers
+from .state import allow_attention_kernels, attention_kernels
 
 BATCH_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
@@ -192,6 +193,7 @@ class Ambient:
         self.generators: Generators | None = Generators(device)
         self.device = device
         self.dtype = torch.get_default_dtype()
+        self.kernels = attention_kernels()
         self._lookup = lookup
         self.members = lookup.members(root)
         self.observers = Observers(lookup.modules())
@@ -261,6 +263,7 @@ class Ambient:
     def restored(self, record: bool) -> Iterator[None]:
         """Put the surroundings back for a rerun, and undo all it does to them."""
         now, dtype = Generators(self.device), torch.get_default_dtype()
+        kernels = attention_kernels()
         swapped: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
         with ExitStack() as stack:
             stack.enter_context(self.observers.left_out())
@@ -268,6 +271,8 @@ class Ambient:
                 stack.enter_context(autocast.restored(cache=autocast.cache and record))
             try:
                 torch.set_default_dtype(self.dtype)
+                if kernels != self.kernels:
+                    allow_attention_kernels(self.kernels)
                 copies: dict[int, torch.Tensor] = {}  # a buffer of two modules stays one
                 for owner, name, _ in self.members.buffers:
                     current = owner[name]
@@ -284,6 +289,8 @@ class Ambient:
                     owner[name] = value
                 now.write()
                 torch.set_default_dtype(dtype)
+                if attention_kernels() != kernels:
+                    allow_attention_kernels(kernels)
 
 
 def fixed(members: Members) -> dict[Place, tuple[str, torch.Tensor, int]]:
