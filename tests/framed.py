@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import re2fx
@@ -268,6 +267,3 @@ def mixed(name: str, **options: Any) -> Mixed:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     return Mixed.of(double(model), *inputs, **options)
-
-
-__all__ = ["F", "MODELS", "Mixed", "force", "largest", "mixed"]

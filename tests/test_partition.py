@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
@@ -17,6 +18,12 @@ from re2fx.slicing import regions
 
 from .situations.harness import double, example
 from .slices import values_of
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is saved is brought back, whatever its size."""
+    monkeypatch.setattr("re2fx.body.SMALL", 0)
 
 
 class Call:
