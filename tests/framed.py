@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -75,10 +76,10 @@ class Mixed:
     @classmethod
     def of(cls, model: nn.Module, *inputs: Any, **options: Any) -> Mixed:
         """A model, rewired by some options."""
-        made = [re2fx.transform(model, inputs, **options) for _ in range(2)]
-        rev, store = made
+        rev = re2fx.transform(model, inputs, **options)
         assert isinstance(rev, re2fx.RewiredModule)
-        store.memory = "store"  # type: ignore[assignment]
+        store = copy.copy(rev)
+        store.memory = "store"
         program = largest(rev, *inputs)
         return cls(Pair(model, rev, store), inputs, blocks(program), checkpoints(program))
 
