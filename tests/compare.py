@@ -39,7 +39,7 @@ def step(
 ) -> Outcome:
     """Forward and backward from a given random state; buffers are put back afterwards."""
     assert isinstance(model, (re2fx.RewiredModule, re2fx.PiecewiseModule))
-    model.memory = memory  # type: ignore[assignment]
+    model.memory = memory
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.zero_grad(set_to_none=True)
     inputs = tuple(

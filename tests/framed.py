@@ -39,7 +39,7 @@ def largest(rev: re2fx.RewiredModule, *inputs: Any) -> Program:
     rewired = variant.settled(mode, model, rev._executors)
     framing = Framing(variant.framed[mode].values, model)
     given = rewired.graph, model, rewired.wirings
-    return rev._executors.outline(*given, compile_graph, framing)  # type: ignore[call-arg]
+    return rev._executors.outline(*given, compile_graph, framing)
 
 
 def force(rev: re2fx.RewiredModule, frames: Frames, *inputs: Any) -> None:

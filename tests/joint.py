@@ -251,7 +251,7 @@ def outcome(
 ) -> Outcome:
     """What a step leaves behind in which a function stands in for the network's forward."""
     with running(rev, run):
-        return step(rev, rev.memory, *inputs, loss=loss, seed=seed)
+        return step(rev, str(rev.memory), *inputs, loss=loss, seed=seed)
 
 
 def assert_compiled_equals_store(

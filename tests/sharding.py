@@ -213,9 +213,9 @@ def sharded(
         shard(model, level, **options)
     elif when == "before":
         shard(model, level, **options)
-        rev = re2fx.transform(model, memory=memory)  # type: ignore[arg-type]
+        rev = re2fx.transform(model, memory=memory)
     else:
-        rev = re2fx.transform(model, memory=memory)  # type: ignore[arg-type]
+        rev = re2fx.transform(model, memory=memory)
         shard(rev, level, **options)
     run = torch.compile(rev, backend="re2fx", options={"compiler": "aot_eager"}) if compile else rev
     optimizer = torch.optim.SGD(rev.parameters(), lr=1e-2)

@@ -50,7 +50,7 @@ def test_a_bad_option_is_found_before_any_work() -> None:
             raise AssertionError("traced")
 
     with pytest.raises(re2fx.OptionError):
-        re2fx.transform(Untouchable(), memory="none")  # type: ignore[arg-type]
+        re2fx.transform(Untouchable(), memory="none")
 
 
 @pytest.mark.parametrize("values", [(float("nan"), 1, 1), (0, float("inf"), 1), (0, "1", 1)])
@@ -63,7 +63,7 @@ def test_memory_can_be_switched_and_is_checked() -> None:
     rev = re2fx.transform(Net())
     assert isinstance(rev, re2fx.RewiredModule)
     with pytest.raises(re2fx.OptionError, match="memory='all'"):
-        rev.memory = "all"  # type: ignore[assignment]
+        rev.memory = "all"
     with pytest.raises(re2fx.OptionError, match="cannot be replaced"):
         rev.graph = torch.fx.Graph()
 

@@ -34,7 +34,7 @@ network = cache(mixed)
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Up to what size tensors that slices would have to make again are kept."""
     monkeypatch.setattr("re2fx.body.SMALL", request.param)
-    yield request.param
+    return request.param
 
 
 @pytest.mark.usefixtures("small")

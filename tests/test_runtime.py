@@ -214,7 +214,7 @@ def test_retain_graph_and_two_forwards_before_one_backward() -> None:
     rev = rewired(Net(dropout=0.2))
 
     def run(memory: str) -> list[Tensor]:
-        rev.memory = memory  # type: ignore[assignment]
+        rev.memory = memory
         rev.zero_grad()
         torch.manual_seed(3)
         first, second = rev(X).square().sum(), rev(X + 1).square().sum()
@@ -230,7 +230,7 @@ def test_double_backward() -> None:
     rev = rewired(Net(depth=3))
 
     def run(memory: str) -> list[Tensor]:
-        rev.memory = memory  # type: ignore[assignment]
+        rev.memory = memory
         rev.zero_grad()
         x = X.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(rev(x).square().sum(), x, create_graph=True)

@@ -134,7 +134,7 @@ def test_assigned_parameters_are_used_by_the_branches(name: str) -> None:
 
     wanted = run(animal.rewire(donor), "store", inputs)
     assert all(gradient is not None for gradient in wanted.gradients.values())
-    for memory in MEMORIES:
+    for memory in ("store", "reversible"):
         assert_close(run(rev, memory, inputs), wanted, 1e-10)
     assert all(parameter.grad is None for parameter in old.values())
 
@@ -180,7 +180,7 @@ def test_adapters_put_in_after_transform_are_used(name: str, pattern: str) -> No
         setattr(rev.get_submodule(parent), child, Adapted(layer).double())
     assert not any(torch.equal(a, b) for a, b in zip(outputs(rev, inputs), without, strict=True))
 
-    results: dict[str, Step] = {memory: run(rev, memory, inputs) for memory in MEMORIES}
+    results: dict[str, Step] = {memory: run(rev, memory, inputs) for memory in ("store", "reversible")}
     assert_close(results["reversible"], results["store"], 1e-10)
     trained = {f"{path}.{half}" for path in paths for half in ("down", "up")}
     for result in results.values():
@@ -225,7 +225,7 @@ def test_round_trip(name: str, way: str) -> None:
     assert list(twin.state_dict()) == list(rev.state_dict())
     assert not {*storages(twin.state_dict().values())} & {*storages(rev.state_dict().values())}
 
-    for memory in MEMORIES:
+    for memory in ("store", "reversible"):
         # The same operations in the same order.
         assert_close(run(twin, memory, inputs), run(rev, memory, inputs), 0.0)
     assert_equal(outputs(twin, inputs), outputs(rev, inputs))
