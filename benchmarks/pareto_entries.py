@@ -139,8 +139,7 @@ def answering(name: str, bench: Bench) -> Made:
 def predicted_peak(network: Any) -> int | None:
     """What a rewired network's plan of its memory says of a step's peak; None without a plan."""
     found = getattr(getattr(network, "memory_plan", None), "predicted", None)
-    found = getattr(found, "peak", found)
-    return found if isinstance(found, int) else None
+    return None if found is None else int(found.peak.peak)
 
 
 def compiled(

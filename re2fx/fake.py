@@ -161,8 +161,9 @@ class _Noise(TorchDispatchMode):  # type: ignore[no-untyped-call]
         from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
         kwargs = kwargs or {}
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        if func.namespace == "prim":  # asks for a device, as often as anything is computed
+            return func(*args, **kwargs)
+        if not any(type(x) is FakeTensor for x in args) and _are_real((args, kwargs), FakeTensor):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         name = func.overloadpacket.__name__
@@ -174,6 +175,12 @@ class _Noise(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with unset_fake_temporarily():
                 torch.rand((), device=outputs[0].device if outputs else "cpu")
         return result
+
+
+def _are_real(values: Any, fake: type) -> bool:
+    """Whether there are tensors among some values, and none of them is fake."""
+    tensors = [x for x in pytree.tree_leaves(values) if isinstance(x, torch.Tensor)]
+    return bool(tensors) and not any(isinstance(tensor, fake) for tensor in tensors)
 
 
 @contextmanager

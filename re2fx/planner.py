@@ -36,6 +36,7 @@ from .text import amount
 
 SLICES = (1, 4, 16)
 APART = 0.5
+FULL = 0.98  # of a budget is as good as all of it
 AMPLE = 1.5  # times what frames run whole take: slices would not let much more be stored
 ENOUGH = 0.05  # more slices must shrink the peak by this share
 
@@ -143,6 +144,8 @@ class Planner:
             stored = self._most_stored(budget, level)
             if stored is not None:
                 found.append(self._line(stored, level))
+            if len(found) == 2:
+                break
         least = min(weigh(self.foresee(frames)) for frames in found)
         return next(f for f in found if weigh(self.foresee(f)) <= least * (1 + ENOUGH))
 
@@ -151,7 +154,7 @@ class Planner:
         if self._peak(self._line(0, level)) > budget:
             return None
         low, high = 0, len(self.units)
-        while low < high:
+        while low < high and self._peak(self._line(low, level)) < budget * FULL:
             guess = self._guess(low, high, budget - self._peak(self._line(low, level)))
             if self._peak(self._line(guess, level)) <= budget:
                 low = guess
@@ -174,12 +177,20 @@ class Planner:
                     break
                 levels.append(Level(slices))
             apart = levels[-1]._replace(apart=APART)
-            self._found = [*levels, apart] if self._is_lower(apart, levels[-1]) else levels
+            lower = self._has_parts() and self._is_lower(apart, levels[-1])
+            self._found = [*levels, apart] if lower else levels
         return self._found
 
     def _is_lower(self, level: Level, than: Level) -> bool:
         peaks = [self._peak(self._line(0, one)) for one in (level, than)]
         return peaks[0] <= peaks[1] * (1 - ENOUGH)
+
+    def _has_parts(self) -> bool:
+        """Whether a large frame has several parts that run at once."""
+        found = bodies(self.program)
+        large = APART * max((body.made for body in found), default=0)
+        plain = (sum(p.slicing is None for p in body.parts) for body in found if body.made >= large)
+        return any(number > 1 for number in plain)
 
     def _most_slices(self) -> int:
         parts = (part for body in bodies(self.program) for part in body.parts)
