@@ -201,6 +201,8 @@ def rewirer(options: Options) -> Rewire:
 
     Where the couplings differ, they are given to the chains when all are known.
     """
+    if isinstance(options.memory, int):
+        options = replace(options, memory="lowest")
     if not isinstance(options.coupling, Coupling):
         stand_in = Coupling.consistent(0.125) if options.policy.post_norm else Coupling.re2tal()
         options = replace(options, coupling=stand_in, memory="store")
@@ -217,17 +219,17 @@ def rewirer(options: Options) -> Rewire:
 
 
 def couple_pieces(module: nn.Module, options: Options) -> None:
-    """Give the chains of a model's pieces the couplings that `rewirer` left out.
+    """Give the chains of a model's pieces the couplings and the memory that `rewirer` left out.
 
     Raises:
-        OptionError: there are not as many as chains.
+        OptionError: there are not as many as chains, or a budget is to hold for pieces.
         ConditioningError: one loses too many digits over a chain's depth.
     """
-    if isinstance(options.coupling, Coupling):
-        return
     assert isinstance(module, (RewiredModule, PiecewiseModule)), "what `take` makes"
-    module.coupling = options.coupling
-    module.memory = options.memory
+    if not isinstance(options.coupling, Coupling):
+        module.coupling = options.coupling
+    if module.memory != options.memory:
+        module.memory = options.memory
 
 
 def rewire_captured(

@@ -156,16 +156,19 @@ class RewiredModule(GraphModule):
     def memory(self) -> Memory:
         """How activations are kept: as `re2fx.transform` takes it; a budget in bytes.
 
-        Setting it sets it for rewired modules inside this one too. What is planned, ``"lowest"``
-        and budgets, is planned at the next call with gradients, for the inputs of that call.
+        Setting it sets it for rewired modules inside this one too; under a budget they run at
+        their lowest. What is planned, ``"lowest"`` and budgets, is planned at the next call with
+        gradients outside of torch.func's transforms, for the inputs of that call.
         """
         return self._memory
 
     @memory.setter
     def memory(self, value: Memory) -> None:
+        value = checked_memory(value)
+        inside: Memory = "lowest" if isinstance(value, int) else value
         for module in self.modules():
             if isinstance(module, RewiredModule):
-                module._run_as(value)
+                module._run_as(value if module is self else inside)
 
     def _run_as(self, value: Memory) -> None:
         value = checked_memory(value)
@@ -359,7 +362,7 @@ class RewiredModule(GraphModule):
                 return marked(self._live, *inputs)
             return variant.functions[self.training](self._live, *inputs)
         reversible = self.memory != "store" and torch.is_grad_enabled()
-        if reversible and is_planned(self._memory):
+        if reversible and is_planned(self._memory) and not _transforming():
             self._framed(variant, inputs)
         how = (self.training, self._live._model, self._executors)
         if self._guard is not None and reversible:
@@ -431,6 +434,11 @@ def run_uncompiled(module: RewiredModule, call: Call, reason: UncapturedError) -
     """
     module._capture_again(call, reason)
     return type(module).forward(module, *call.args, **call.kwargs)
+
+
+def _transforming() -> bool:
+    """Whether a transform of torch.func runs, in which no fake tensors can be made."""
+    return bool(torch._C._functorch.get_interpreter_stack())
 
 
 def _rebuild(arguments: tuple[Any, ...], extra: dict[str, Any]) -> RewiredModule:

@@ -72,7 +72,9 @@ class PiecewiseModule(Twin):
 
     @property
     def memory(self) -> Memory:
-        """``"reversible"`` reconstructs activations in the backward, ``"store"`` keeps them.
+        """How the pieces keep activations: ``"reversible"``, ``"store"``, or ``"lowest"``.
+
+        Each piece is planned on its own, which a budget for the whole does not allow.
 
         With ``"lowest"`` each piece is planned by itself, at its first call with gradients.
 

@@ -239,7 +239,7 @@ class Planner:
                 units.append(Unit(index, -1, spent, kept))
 
         def forward() -> torch.Tensor:
-            with saved_tensors_hooks(count.pack, lambda tensor: tensor), record() as calls:
+            with saved_tensors_hooks(count.pack, _same), record() as calls:
                 result = self.run(program, after)
             ends = [step.chain for step in program.steps if isinstance(step, Leave)]
             sizes.update(zip(ends, (_state_size(call) for call in calls), strict=True))
@@ -328,7 +328,20 @@ def plan_frames(
         CaptureError: what the model allocates depends on the values of tensors.
     """
     rewired = variant.settled(mode, live._model, executors)
+    with saved_tensors_hooks(_same, _same):  # those around the call are not for this
+        return _plan(live, variant, rewired, inputs, memory, executors)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _plan(
+    live: Any, variant: Any, rewired: Any, inputs: Sequence[Any], memory: Memory, executors: Any
+) -> tuple[Framed, MemoryPlan]:
+    """As `plan_frames`."""
     forecast = Forecast(live._model, (list(inputs), live._constants))
+    drop_hooks(forecast.twin)
     given, constants = forecast.given
     root = type(live)(forecast.twin, constants)
     values = example_values(rewired.graph, root, given, forecast)
@@ -340,8 +353,21 @@ def plan_frames(
     def run(candidate: Program, after: Callable[[int], None] | None = None) -> torch.Tensor:
         return total(candidate.run(root, given, after))
 
+    if any(hasattr(module, "plan_memory") for module in forecast.twin.modules()):
+        with forecast.running():
+            run(program)  # rewired modules inside are planned at their first call
     plan = Planner(program, forecast, run, variant.inputs.owner).plan(memory)
     return Framed(values, plan.frames), plan
+
+
+def drop_hooks(twin: nn.Module) -> None:
+    """Take the hooks off that follow a module: they are the user's, and what runs is no call.
+
+    Those in front stay, since they may compute what a module reads.
+    """
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+            hooks.clear()
 
 
 def example_values(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -31,10 +30,10 @@ network = cache(mixed)
 
 
 @pytest.fixture(params=[4096, 0], ids=["small ones kept", "nothing small"])
-def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Up to what size tensors that slices would have to make again are kept."""
     monkeypatch.setattr("re2fx.body.SMALL", request.param)
-    return request.param
+    return int(request.param)
 
 
 @pytest.mark.usefixtures("small")
