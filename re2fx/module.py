@@ -209,9 +209,8 @@ class RewiredModule(GraphModule):
         mode = self.training
         if anew or mode not in variant.memory_plans:
             given = self._live, variant, mode, inputs, self._memory, self._executors
-            made = self._executors.frame(*given)
-            variant.framed[mode], variant.memory_plans[mode] = made
-            variant.programs.pop(mode, None)
+            framed, plan = self._executors.frame(*given)
+            variant.plan_as({mode: framed}, {mode: plan})
         return variant.memory_plans[mode]
 
     @property
@@ -389,8 +388,8 @@ class RewiredModule(GraphModule):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._live._model._load_from_state_dict(*args, **kwargs)
 
-    def _state(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Constructor arguments, and what the user or a library attached afterwards."""
+    def _state(self) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        """Constructor arguments, what the user or a library attached afterwards, and plans."""
         for variant in self._variants:
             for mode in variant.rewired:
                 variant.settled(mode, self._live._model, self._executors)
@@ -406,11 +405,11 @@ class RewiredModule(GraphModule):
             tuple(map(copy.copy, self._variants[1:])),
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        return arguments, extra
+        plans = [(dict(v.framed), dict(v.memory_plans)) for v in self._variants]
+        return arguments, extra, plans
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewiredModule:
-        arguments, extra = copy.deepcopy(self._state(), memo)
-        return _rebuild(arguments, extra)
+        return _rebuild(*copy.deepcopy(self._state(), memo))
 
     def __copy__(self) -> RewiredModule:
         return _rebuild(*self._state())
@@ -441,9 +440,13 @@ def _transforming() -> bool:
     return bool(torch._C._functorch.get_interpreter_stack())
 
 
-def _rebuild(arguments: tuple[Any, ...], extra: dict[str, Any]) -> RewiredModule:
+def _rebuild(
+    arguments: tuple[Any, ...], extra: dict[str, Any], plans: Sequence[Any] = ()
+) -> RewiredModule:
     module = RewiredModule(*arguments)
     module.__dict__.update(extra)
+    for variant, (framed, memory_plans) in zip(module._variants, plans, strict=False):
+        variant.plan_as(framed, memory_plans)
     return module
 
 

@@ -74,9 +74,8 @@ class PiecewiseModule(Twin):
     def memory(self) -> Memory:
         """How the pieces keep activations: ``"reversible"``, ``"store"``, or ``"lowest"``.
 
-        Each piece is planned on its own, which a budget for the whole does not allow.
-
-        With ``"lowest"`` each piece is planned by itself, at its first call with gradients.
+        With ``"lowest"`` each piece is planned by itself, at its first call with gradients; a
+        budget for the whole is refused.
 
         Raises:
             OptionError: the pieces have been given different ones, or a budget for the whole.

@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
@@ -396,6 +397,8 @@ class _Reader(LiveInterpreter):
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-    ).requires_grad_(tensor.requires_grad and tensor.is_floating_point())
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():  # a fake one would hold its mode, and cannot be pickled
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return made.requires_grad_(tensor.requires_grad and tensor.is_floating_point())

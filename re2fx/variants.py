@@ -156,9 +156,7 @@ class Variant:
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("inputs", "members", "surroundings")
-        plans = {"framed": dict(self.framed), "memory_plans": dict(self.memory_plans)}
-        given = {name: getattr(self, name) for name in names}
-        return {**given, **plans, "rewired": dict(self.rewired)}
+        return {name: getattr(self, name) for name in names} | {"rewired": dict(self.rewired)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -253,6 +251,13 @@ class Variant:
             else:
                 self.programs[mode] = executors.outline(*given)
         return self.programs[mode]
+
+    def plan_as(self, framed: dict[bool, Framed], memory_plans: dict[bool, MemoryPlan]) -> None:
+        """Take over what was planned for some modes."""
+        for mode in framed:
+            self.programs.pop(mode, None)
+        self.framed.update(framed)
+        self.memory_plans.update(memory_plans)
 
     def unframe(self) -> None:
         """Forget what was planned."""

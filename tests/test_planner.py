@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_the_peak_is_what_is_planned(name: str) -> None:
         assert real <= budget * (1 + TOLERANCE)
         work.append(weigh(plan.predicted))
     # Two plans that differ by less than 5 % in their work are as good as each other.
-    assert all(after <= before * 1.05 for before, after in zip(work, work[1:], strict=False))
+    assert all(after <= before * 1.05 for before, after in pairwise(work))
     assert work[-1] == weigh(lowest.stored)
     assert work[0] > work[-1]
 
