@@ -75,13 +75,20 @@ class Planner:
         program: every part of it that can be a frame is one.
         forecast: predicts steps.
         run: ``run(program)`` runs the forward of one on fake tensors and returns a loss.
+        root: what the program's targets are looked up on.
         name: of the model, for messages.
     """
 
     def __init__(
-        self, program: Program, forecast: Forecast, run: Callable[..., torch.Tensor], name: str
+        self,
+        program: Program,
+        forecast: Forecast,
+        run: Callable[..., torch.Tensor],
+        root: Any,
+        name: str,
     ) -> None:
-        self.program, self.forecast, self.run, self.name = program, forecast, run, name
+        self.program, self.forecast, self.run = program, forecast, run
+        self.root, self.name = root, name
         self.blocks = blocks(program)
         device = next(forecast.twin.parameters(), torch.empty(0)).device.type
         self._per_byte = OPERATIONS.get(device, OPERATIONS["cpu"])
@@ -243,7 +250,8 @@ class Planner:
             with saved_tensors_hooks(count.pack, _same), record() as calls:
                 result = self.run(program, after)
             ends = [step.chain for step in program.steps if isinstance(step, Leave)]
-            sizes.update(zip(ends, (_state_size(call) for call in calls), strict=True))
+            own = (_state_size(call) for call in calls if call.root is self.root)
+            sizes.update(zip(ends, own, strict=True))
             return result
 
         sizes: dict[int, int] = {}
@@ -357,7 +365,7 @@ def _plan(
     if any(hasattr(module, "plan_memory") for module in forecast.twin.modules()):
         with forecast.running():
             run(program)  # rewired modules inside are planned at their first call
-    plan = Planner(program, forecast, run, variant.inputs.owner).plan(memory)
+    plan = Planner(program, forecast, run, root, variant.inputs.owner).plan(memory)
     return Framed(values, plan.frames), plan
 
 

@@ -81,18 +81,20 @@ def test_the_text_of_a_budget() -> None:
     assert str(made).startswith("Net: a training step within 4.00 MiB\n")
     chain = made.chains[0]
     assert 0 < chain.reversed < 4
-    assert chain.reversed + chain.stored == 4
+    assert chain.reversed + chain.checkpoints + chain.stored == 4
     assert made.predicted.peak.peak <= 4 * MIB < made.stored.peak.peak
     assert made.counts["blocks stored"] == chain.stored == made.frames.stored[0]
     row = next(line for line in str(made).splitlines() if line.startswith("chain 0"))
-    assert row.split()[5:7] == [str(chain.reversed), str(chain.stored)]
+    numbers = (chain.reversed, chain.checkpoints, chain.stored)
+    told = [str(number) for number in numbers if number]
+    assert row.split()[5 : 5 + len(told)] == told
 
 
 def test_what_is_not_kept_is_what_storing_would_keep() -> None:
     lowest, some = plan(), plan(4 * MIB)
-    each = lowest.chains[0].spared / 4
-    assert some.chains[0].spared == pytest.approx(each * some.chains[0].reversed)
-    spared = each * some.chains[0].reversed + sum(f.size for f in some.outside if f.checkpoint)
+    each, chain = lowest.chains[0].spared / 4, some.chains[0]
+    assert chain.spared == pytest.approx(each * (chain.reversed + chain.checkpoints))
+    spared = chain.spared + sum(f.size for f in some.outside if f.checkpoint)
     assert spared < some.stored.peak.peak
 
 
