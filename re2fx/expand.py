@@ -123,8 +123,8 @@ def _inline(
             if inner.op == "get_attr":
                 number = _number(inner, made)
                 assert number is not None, "other constants were refused"
-                dtype: Any = {"dtype": number.dtype}
-                own[inner] = graph.call_function(torch.scalar_tensor, (number.item(),), dtype)
+                kwargs: dict[str, Any] = {"dtype": number.dtype}
+                own[inner] = graph.call_function(torch.scalar_tensor, (number.item(),), kwargs)
             else:
                 own[inner] = graph.node_copy(inner, own.__getitem__)
             own[inner].name = f"{node.name}_{inner.name}"
@@ -149,5 +149,4 @@ def _like(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return made.requires_grad_(tensor.requires_grad and tensor.is_floating_point())
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -29,7 +29,7 @@ STORED = {"none": 0.0, "one": 0.01, "half": 0.5, "all": 1.0}
 network = cache(mixed)
 
 
-@pytest.fixture(params=[4096, 0], ids=["small ones kept", "nothing small"])
+@pytest.fixture(params=[500, 0], ids=["small ones kept", "nothing small"])
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Up to what size tensors that slices would have to make again are kept."""
     monkeypatch.setattr("re2fx.body.SMALL", request.param)
@@ -66,7 +66,7 @@ def test_something_is_sliced(name: str) -> None:
 
 def is_sliced(step: RunBlock | Segment) -> bool:
     """Whether a part of it may run slice by slice."""
-    body = step.frame and step.frame.body
+    body = step.frame.body if step.frame is not None else None
     return body is not None and body.sliced
 
 

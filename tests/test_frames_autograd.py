@@ -220,7 +220,7 @@ def test_hooks(kind: str) -> None:
         module = model.get_submodule("layers.0.mlp.0")
         handles = [
             module.register_forward_hook(lambda m, args, out: seen.append(("forward", out.sum()))),
-            module.register_full_backward_hook(lambda m, i, o: seen.append(("back", o[0].sum()))),
+            module.register_full_backward_hook(lambda m, i, o: seen.append(("back", weighted(o)))),
             model.get_submodule("stem.3").register_forward_pre_hook(
                 lambda m, args: seen.append(("stem", args[0].sum()))
             ),
@@ -318,7 +318,7 @@ def test_a_function_that_reads_twice(kind: str) -> None:
 @kinds
 def test_shared_weights(kind: str) -> None:
     """Between blocks, and between a block and the segments."""
-    model = Transformer(depth=3)
+    model: Any = Transformer(depth=3)
     model.layers[2] = model.layers[0]
     model.head.weight = nn.Parameter(model.stem[0].weight.detach().repeat(1, 2))
     model.layers[1].mlp[0].weight = model.layers[1].mlp[3].weight = nn.Parameter(torch.randn(8, 8))
@@ -462,13 +462,13 @@ def test_an_exception_in_the_forward(
     place: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next call is as ever, and nothing of the failed one is left."""
-    model = Transformer(depth=2)
+    model: Any = Transformer(depth=2)
     if place == "layers":
         model.layers[1].mlp[1] = Strict()
     elif place == "stem":
         model.stem[1] = Strict()
     else:
-        model.norm = Strict()  # type: ignore[assignment]
+        model.norm = Strict()
     net = Mixed.of(double(model), X, leaves=[Strict])
     net.choose(**KINDS[kind])
     compare(net.pair, X)

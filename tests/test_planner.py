@@ -257,14 +257,29 @@ def test_states_go_with_the_graph() -> None:
     net.choose(checkpointed=False)
     alive: list[int] = []
     made: list[weakref.ref[Tensor]] = []
-    output = net.rev(x)
     with re2fx.program.calls_made_by(_Following.make(made)):
         output = net.rev(x)
-    first = net.rev.get_parameter("layers.0.norm1.weight")
-    first.register_hook(lambda gradient: alive.append(sum(r() is not None for r in made)))
+    middle = net.rev.get_parameter("layers.3.norm1.weight")
+    middle.register_hook(lambda gradient: alive.append(sum(r() is not None for r in made)))
     output.sum().backward()
     assert made
     assert alive == [0]
+
+
+def test_what_a_checkpoint_brought_back_goes_when_all_of_it_was_asked_for() -> None:
+    net = nets("written attention")
+    net.choose()
+    with re2fx.record() as calls:
+        output = net.rev(*net.inputs)
+    left: list[list[int]] = []
+    stem = net.rev.get_parameter("stem.0.bias")
+    handle = stem.register_hook(
+        lambda gradient: left.append([len(call._agains) for call in calls.checkpoints])
+    )
+    output.sum().backward()
+    handle.remove()
+    net.rev.zero_grad()
+    assert left == [[0] * 4]
 
 
 class _Following(re2fx.runtime.ChainCall):
@@ -309,7 +324,7 @@ def test_a_budget_below_the_floor() -> None:
 def test_a_budget_of_plenty() -> None:
     """All is stored, and nothing runs again."""
     rev, x = network("written attention")
-    plan = planned(rev, x, "1TiB")  # type: ignore[arg-type]
+    plan = planned(rev, x, "1TiB")
     assert rev.memory == 2**40
     assert plan.frames.stored == (4,)
     assert plan.frames.checkpointed == frozenset()
