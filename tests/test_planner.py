@@ -17,7 +17,7 @@ import re2fx
 from re2fx.errors import BudgetError
 from re2fx.foresight import total
 from re2fx.memory import saved_bytes
-from re2fx.planner import MemoryPlan, weigh
+from re2fx.memory_plan import MemoryPlan, weigh
 
 from .framed import ConvStages, Mixed, Transformer, Whole
 from .situations.harness import double, example
@@ -119,16 +119,13 @@ def test_frames_are_stored_one_by_one() -> None:
 def test_what_a_plan_says() -> None:
     rev, x = network("written attention")
     lowest = planned(rev, x, "lowest")
-    text = str(lowest)
-    assert "memory plan for lowest" in text
-    assert "4 blocks reversed" in text
-    assert "checkpoints" in text
-    assert f"in up to {lowest.frames.slices} slices" in text
+    assert f"in up to {lowest.frames.slices} slices" in str(lowest)
+    assert lowest.counts["blocks reversed"] == 4
+    assert lowest.counts["checkpoints"]
     assert lowest.work > 1
     budget = lowest.stored.peak.peak
     plan = planned(rev, x, budget)
-    assert "a budget of " in str(plan)
-    assert "4 blocks stored" in str(plan)
+    assert plan.counts["blocks stored"] == 4
     assert plan.work == 1
     assert rev.memory_plan is plan
 

@@ -180,7 +180,7 @@ def test_adapters_put_in_after_transform_are_used(name: str, pattern: str) -> No
         setattr(rev.get_submodule(parent), child, Adapted(layer).double())
     assert not any(torch.equal(a, b) for a, b in zip(outputs(rev, inputs), without, strict=True))
 
-    results: dict[str, Step] = {memory: run(rev, memory, inputs) for memory in MEMORIES}
+    results: dict[Memory, Step] = {memory: run(rev, memory, inputs) for memory in MEMORIES}
     assert_close(results["reversible"], results["store"], 1e-10)
     trained = {f"{path}.{half}" for path in paths for half in ("down", "up")}
     for result in results.values():
