@@ -120,8 +120,9 @@ def rewired(name: str, memory: re2fx.module.Memory) -> Given:
     return rev, x
 
 
-@pytest.mark.parametrize("grads", [True, False], ids=["filled", "fresh"])
-@pytest.mark.parametrize("memory", ["store", "reversible"])
+@pytest.mark.parametrize(
+    ("memory", "grads"), [("store", True), ("reversible", True), ("reversible", False)]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_is_what_is_measured(name: str, memory: re2fx.module.Memory, grads: bool) -> None:
     rev, x = rewired(name, memory)
@@ -132,7 +133,7 @@ def test_the_peak_is_what_is_measured(name: str, memory: re2fx.module.Memory, gr
 
 
 @pytest.mark.parametrize("memory", ["store", "reversible"])
-@pytest.mark.parametrize("name", ["gpt2", "resnet18", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
 def test_autocast_counts_in_the_forward(name: str, memory: re2fx.module.Memory) -> None:
     rev, x = rewired(name, memory)
     real = measured(rev, x, True, autocast=True)
@@ -168,7 +169,7 @@ def test_a_step_larger_than_the_machine() -> None:
     x = torch.empty(2**26, 4, device="meta")
     rev = re2fx.transform(Net(24, width=32))
     found = {}
-    for memory in re2fx.module.MEMORIES:
+    for memory in ("store", "reversible"):
         setattr(rev, "memory", memory)
         found[memory] = foresee(rev, x).peak.peak
     assert found["store"] > 200 * 2**30

@@ -90,7 +90,7 @@ def test_the_peak_is_what_is_planned(name: str) -> None:
     rev.memory = "store"
     assert peak_of(rev, x) == pytest.approx(most, rel=TOLERANCE)
     work = []
-    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+    for share in (0.0, 0.5, 1.0):
         budget = int(least + share * (most - least))
         plan = planned(rev, x, budget)
         real = peak_of(rev, x)
@@ -109,7 +109,7 @@ def test_frames_are_stored_one_by_one() -> None:
     rev, x = network("convolutions")
     lowest = planned(rev, x, "lowest")
     least, most = lowest.predicted.peak.peak, lowest.stored.peak.peak
-    plans = [planned(rev, x, int(least + part * (most - least))) for part in (0.2, 0.5, 0.8)]
+    plans = [planned(rev, x, int(least + part * (most - least))) for part in (0.2, 0.8)]
     stored = [sum(plan.frames.stored) - len(plan.frames.checkpointed) for plan in plans]
     assert stored == sorted(stored)
     assert stored[0] < stored[-1]
