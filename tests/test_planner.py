@@ -38,11 +38,11 @@ def _one_thread() -> Iterator[None]:
 Given = tuple[nn.Module, Tensor]
 NETWORKS: dict[str, Callable[[], Given]] = {
     "written attention": lambda: (
-        Transformer(width=32),
+        Transformer(width=32, depth=1),
         example(4, 128, 4, dtype=FLOAT),
     ),
     "torch's attention": lambda: (
-        Transformer(Whole, dropout=0.1, width=32),
+        Transformer(Whole, dropout=0.1, width=32, depth=1),
         example(4, 128, 4, dtype=FLOAT),
     ),
     "convolutions": lambda: (ConvStages(16), example(4, 3, 48, 48, dtype=FLOAT)),
@@ -120,12 +120,12 @@ def test_what_a_plan_says() -> None:
     rev, x = network("written attention")
     lowest = planned(rev, x, "lowest")
     assert f"in up to {lowest.frames.slices} slices" in str(lowest)
-    assert lowest.counts["blocks reversed"] == 4
+    assert lowest.counts["blocks reversed"] == 2
     assert lowest.counts["checkpoints"]
     assert lowest.work > 1
     budget = lowest.stored.peak.peak
     plan = planned(rev, x, budget)
-    assert plan.counts["blocks stored"] == 4
+    assert plan.counts["blocks stored"] == 2
     assert plan.work == 1
     assert rev.memory_plan is plan
 
@@ -201,7 +201,7 @@ def test_of_a_stored_suffix_the_states_in_front_are_kept() -> None:
 
 
 @pytest.mark.parametrize("name", ["dropout", "convolutions", "written attention"])
-@pytest.mark.parametrize("kinds", [{}, {"slices": 3}, {"stored": 0.5}])
+@pytest.mark.parametrize("kinds", [{"slices": 3}, {"stored": 0.5}])
 @pytest.mark.parametrize("way", ["forward", "backward", "retained", "double"])
 def test_nothing_is_left(name: str, kinds: Any, way: str) -> None:
     """No cycle holds what a step has made; without any collection."""
@@ -304,7 +304,7 @@ class _Following(re2fx.runtime.ChainCall):
 
 def test_a_budget_below_the_floor() -> None:
     """The least that a step takes is said, and where."""
-    rev, x = network("written attention")
+    rev, x = network("convolutions")
     floor = planned(rev, x, "lowest").predicted.peak.peak
     rev.memory = floor - 1
     for call in (lambda: rev.plan_memory(x), lambda: rev(x)):
@@ -323,7 +323,7 @@ def test_a_budget_of_plenty() -> None:
     rev, x = network("written attention")
     plan = planned(rev, x, "1TiB")
     assert rev.memory == 2**40
-    assert plan.frames.stored == (4,)
+    assert plan.frames.stored == (2,)
     assert plan.frames.checkpointed == frozenset()
     names: list[str] = []
     with re2fx.body.watching(names.append):
