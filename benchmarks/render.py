@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from .accuracy_tables import block_accuracy, plot_accuracy
 from .common import CONTENDERS, RESULTS, read_results
 from .exactness_tables import plot_exactness, text_exactness
+from .frames_tables import text_frames
 from .gpu_tables import NOT_YET, page_gpu, plot_gpu, text_gpu
 from .pareto_tables import page_pareto, plot_pareto, text_pareto
 from .sentence_tables import text_sentences
@@ -209,11 +210,16 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "fuzz": ("fuzz", text_fuzz),
     "sentences": ("sentences", text_sentences),
     "pareto": ("pareto", text_pareto),
+    "frames": ("frames", text_frames),
     "gpu": ("gpu", text_gpu),
 }
 
 # What a block says before its result file exists.
-ABSENT = {"pareto": "Not measured yet: `python -m benchmarks.pareto`.", "gpu": NOT_YET}
+ABSENT = {
+    "pareto": "Not measured yet: `python -m benchmarks.pareto`.",
+    "frames": "Not measured yet: `python -m benchmarks.frames`.",
+    "gpu": NOT_YET,
+}
 
 # Pages beside the result files, which have more to say than a README takes.
 PAGES: dict[str, Callable[[Data], str]] = {
