@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import re2fx
 from re2fx import Coupling
 from re2fx.body import Slicing, watching
-from re2fx.errors import BudgetError, OptionError
+from re2fx.errors import OptionError
 
 from .compare import Outcome, assert_same, step, weighted
 from .framed import Layer, Mixed, Transformer, mixed
@@ -319,13 +319,9 @@ def test_rewired_modules_inside() -> None:
     expected = step(rev, "store", x)
     assert_same(step(rev, "lowest", x), expected, 1e-10)
     assert all(part.memory_plan is not None for part in parts)
-    floor = rev.memory_plan.predicted.peak.peak
     assert_same(step(rev, 2**40, x), expected, 1e-10)  # type: ignore[arg-type]
     assert rev.memory == 2**40
     assert [part.memory for part in parts] == ["lowest"] * 2
-    rev.memory = min(1000, floor // 2)
-    with pytest.raises(BudgetError):
-        rev(x)
 
 
 # What changes after planning
