@@ -33,9 +33,13 @@ Answer = tuple[State | None, dict[Node, Along]]
 
 
 def regions(
-    graph: Graph, root: nn.Module, values: Mapping[Node, Any], least: int = 2
+    graph: Graph,
+    root: nn.Module,
+    values: Mapping[Node, Any],
+    least: int = 2,
+    many: int = MANY,
 ) -> list[Region]:
-    """Disjoint regions, in which each next one has the most bytes of those left.
+    """Disjoint regions, in which each next one spares the most bytes of those left.
 
     With all of them run as units the graph still has an order, which `order` tells.
 
@@ -44,12 +48,13 @@ def regions(
         root: the module its targets are looked up in.
         values: what stands for each node, fake or real.
         least: fewest items of a region.
+        many: slices of which more make no difference.
     """
     facts = Facts(graph, root, values)
     found: list[Region] = []
     answers: dict[Any, Answer] = {}
     while not facts.transformed:
-        region = _Search(facts, found, max(least, 2), answers).best()
+        region = _Search(facts, found, max(least, 2), answers).best(many)
         if region is None:
             break
         found.append(region)
@@ -77,11 +82,11 @@ class _Search:
         self.taken = {node for region in found for node in region.nodes}
         self.above = _ancestors(facts, found)
 
-    def best(self) -> Region | None:
-        """The one with the most bytes; then the first, along the first dimension."""
+    def best(self, many: int) -> Region | None:
+        """The one that spares most bytes in many slices; then the first, along the first dimension."""
         best: tuple[Any, Region] | None = None
         for (start, along, items), region in self.grow_all():
-            rank = (-_spared(region), self.facts.position[start], along.dim, -items)
+            rank = (-_spared(region, many), self.facts.position[start], along.dim, -items)
             if best is None or rank < best[0]:
                 if order(self.facts, [*self.found, region]) is None:
                     continue
@@ -138,9 +143,9 @@ class _Search:
         return self.answers[key]
 
 
-def _spared(region: Region) -> float:
+def _spared(region: Region, many: int) -> float:
     """Bytes that many slices spare; few items spare less."""
-    return region.bytes * (1 - 1 / min(region.items, MANY))
+    return region.bytes * (1 - 1 / min(region.items, many))
 
 
 class _Growth:
