@@ -83,7 +83,7 @@ class _Search:
         self.above = _ancestors(facts, found)
 
     def best(self, many: int) -> Region | None:
-        """The one that spares most bytes in many slices; then the first, along the first dimension."""
+        """The one that spares most bytes in many slices; then the first, along dimension 0."""
         best: tuple[Any, Region] | None = None
         for (start, along, items), region in self.grow_all():
             rank = (-_spared(region, many), self.facts.position[start], along.dim, -items)
