@@ -206,10 +206,11 @@ class Planner:
 
     def _too_small(self, budget: int) -> str:
         lowest = self._lowest()
+        where = self._where[lowest]
         return (
             f"{self.name}: a budget of {amount(budget)} is below the least that one training step "
             f"can take, {amount(self._peak(lowest))} (memory='lowest'). At its highest it is in "
-            f"the {self.foresee(lowest).phase}, {self._where[lowest]}. Use smaller inputs or a "
+            f"the {self.foresee(lowest).phase}{where and ', at ' + where}. Use smaller inputs or a "
             "larger budget."
         )
 
