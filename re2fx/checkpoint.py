@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .body import Again, Body, Trace, check_version
+from .body import Body
 from .kept import recall, remember, tensors_of
+from .rerun import Again, Trace, check_version
 from .runtime import check_transforms
 
 

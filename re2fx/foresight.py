@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .accumulation import alone
-from .body import watching
 from .errors import OptionError
 from .fake import Fakes, fake_twin, predicting
 from .inputs import split
@@ -30,6 +29,7 @@ from .memory import storage_key
 from .meter import Meter
 from .peak import Peak
 from .replay import Autocast
+from .rerun import watching
 
 Loss = Callable[[Any], Tensor]
 

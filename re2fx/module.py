@@ -21,8 +21,8 @@ from .couplings import Couplings, change, check_conditioned, couplings_of, simpl
 from .errors import OptionError, UncapturedError
 from .inputs import Call, InputSpec
 from .members import visit
+from .memory_plan import MemoryPlan
 from .plan import Plan
-from .planner import MemoryPlan
 from .program import recording
 from .rewired import History as History
 from .rewired import Rewired as Rewired

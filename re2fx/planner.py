@@ -17,16 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from .budget import Memory
 from .codegen import compile_graph
 from .errors import BudgetError
+from .example_values import example_values
 from .foresight import Forecast, Foreseen, total
 from .frames import Framed, Frames, blocks, bodies, checkpoints, framed
 from .framing import Framing
-from .interpret import LiveInterpreter
 from .memory import storage_key
 from .memory_plan import OPERATIONS, told, weigh
 from .memory_plan import MemoryPlan as MemoryPlan
@@ -378,36 +376,3 @@ def drop_hooks(twin: nn.Module) -> None:
     for module in twin.modules():
         for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
             hooks.clear()
-
-
-def example_values(
-    graph: Graph, root: Any, given: Sequence[Any], forecast: Forecast
-) -> dict[str, Any]:
-    """What the nodes of a graph come to, by their names, on ``meta``."""
-    reader = _Reader(root, graph)
-    with forecast.running():
-        reader.run(*given)
-    return reader.values
-
-
-class _Reader(LiveInterpreter):
-    """Notes the value of every node."""
-
-    def __init__(self, root: Any, graph: Graph) -> None:
-        super().__init__(root, graph)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        """Run one and note what it comes to."""
-        value = super().run_node(n)
-        if n.op != "output":
-            self.values[n.name] = pytree.tree_map_only(torch.Tensor, _on_meta, value)
-        return value
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():  # a fake one would hold its mode, and cannot be pickled
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return made.requires_grad_(tensor.requires_grad and tensor.is_floating_point())

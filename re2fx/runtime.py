@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 
-from .body import Again, Body, Trace, check_version
+from .body import Body
 from .coupling import Coupling
 from .drift import Drift
 from .errors import ReplayError, StoredOnlyError, StreamError
@@ -51,6 +51,7 @@ from .gauge import Gauge
 from .kept import Anchor, Held, recall, remember, state_of, tensors_of
 from .layout import Relayout, restrided
 from .replay import Lookup
+from .rerun import Again, Trace, check_version
 from .wiring import DRIFT_TOLERANCE
 
 Function = Callable[..., Any]

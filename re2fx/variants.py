@@ -28,8 +28,8 @@ from .frames import Framed
 from .graph import lookup
 from .inputs import Call, InputSpec
 from .members import Members, dissolved
+from .memory_plan import MemoryPlan
 from .plan import Plan, Residual
-from .planner import MemoryPlan
 from .program import Program
 from .rewired import Rewired
 from .sharding import check_dissolved

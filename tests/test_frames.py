@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import re2fx
 from re2fx import Coupling
-from re2fx.body import watching
 from re2fx.errors import ConditioningError, NoResidualError
 from re2fx.frames import Frames
 from re2fx.program import RunBlock, Segment
+from re2fx.rerun import watching
 
 from . import programs
 from .framed import MODELS, ConvStages, Mixed, Transformer, force, largest, mixed
@@ -32,7 +32,7 @@ network = cache(mixed)
 @pytest.fixture(params=[500, 0], ids=["small ones kept", "nothing small"])
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Up to what size tensors that slices would have to make again are kept."""
-    monkeypatch.setattr("re2fx.body.SMALL", request.param)
+    monkeypatch.setattr("re2fx.rerun.SMALL", request.param)
     return int(request.param)
 
 
@@ -252,7 +252,7 @@ def test_random_programs(data: st.DataObject, rank: int, training: bool) -> None
     except (NoResidualError, ConditioningError):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("re2fx.body.SMALL", data.draw(st.sampled_from((0, 100, 4096))))
+        patch.setattr("re2fx.rerun.SMALL", data.draw(st.sampled_from((0, 100, 4096))))
         for _ in range(2):
             frames = Frames(
                 tuple(data.draw(st.integers(0, n)) for n in net.blocks),

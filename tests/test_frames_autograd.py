@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import re2fx
-from re2fx.body import watching
 from re2fx.errors import StoredOnlyError
+from re2fx.rerun import watching
 
 from .compare import weighted
 from .framed import Layer, Mixed, Transformer, mixed
@@ -38,7 +38,7 @@ def chosen(name: str, kind: str) -> Mixed:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("re2fx.body.SMALL", 0)
+    monkeypatch.setattr("re2fx.rerun.SMALL", 0)
 
 
 @kinds

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("nothing_is_small")
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is saved is brought back, whatever its size."""
-    monkeypatch.setattr("re2fx.body.SMALL", 0)
+    monkeypatch.setattr("re2fx.rerun.SMALL", 0)
 
 
 @kinds

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from re2fx.body import Again, Body, Trace
+from re2fx.body import Body
 from re2fx.codegen import compile_graph
 from re2fx.framing import Framing
 from re2fx.partition import partition
+from re2fx.rerun import Again, Trace
 from re2fx.slicing import regions
 
 from .situations.harness import double, example
@@ -23,7 +24,7 @@ from .slices import values_of
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is saved is brought back, whatever its size."""
-    monkeypatch.setattr("re2fx.body.SMALL", 0)
+    monkeypatch.setattr("re2fx.rerun.SMALL", 0)
 
 
 class Call:

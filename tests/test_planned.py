@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import re2fx
 from re2fx import Coupling
-from re2fx.body import watching
 from re2fx.errors import OptionError
+from re2fx.rerun import watching
 
 from .compare import Outcome, assert_same, step, weighted
 from .framed import Layer, Transformer, mixed

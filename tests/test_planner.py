@@ -181,7 +181,7 @@ def test_two_states_per_chain_and_the_inputs_of_checkpoints_are_kept(
     slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing else, to the byte; what two of them keep is counted once."""
-    monkeypatch.setattr("re2fx.body.SMALL", 0)
+    monkeypatch.setattr("re2fx.rerun.SMALL", 0)
     model, x = double(Transformer(depth=4, width=64)), example(2, 7, 4)
     net = Mixed.of(model, x)
     net.choose(slices=slices)
@@ -338,6 +338,6 @@ def test_a_budget_of_plenty() -> None:
     assert plan.frames.stored == (2,)
     assert plan.frames.checkpointed == frozenset()
     names: list[str] = []
-    with re2fx.body.watching(names.append):
+    with re2fx.rerun.watching(names.append):
         rev(x).sum().backward()
     assert names == []

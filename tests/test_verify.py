@@ -540,13 +540,13 @@ def test_a_wrong_executor_is_found(monkeypatch: pytest.MonkeyPatch, garbage: boo
         assert verification.verdict == "inexact"
         (where,) = named(verification, "warning")
         assert set(where.removeprefix("gradients of ").split(", ")) == {"1.weight", "1.other"}
-    take = re2fx.body.Again.take
+    take = re2fx.rerun.Again.take
 
     def skewed(self: Any, slot: int) -> tuple[Tensor, int]:
         tensor, _ = take(self, slot)
         return tensor * 1.01, 0
 
-    monkeypatch.setattr(re2fx.body.Again, "take", skewed)
+    monkeypatch.setattr(re2fx.rerun.Again, "take", skewed)
     verification = re2fx.verify(rewired(model), X)
     assert verification.verdict == "wrong"
     assert "does not account for" in verification.findings[0].sentence
