@@ -114,7 +114,7 @@ class Trace:
     def _run(
         self, part: Part, span: Span, root: Any, reads: list[Any], call: Any, block: int
     ) -> list[Any]:
-        small = self.cheap(part)
+        small = self.cheap(len(self.spans) - 1)
 
         def pack(tensor: torch.Tensor) -> Any:
             if isinstance(tensor, nn.Parameter):
@@ -139,14 +139,14 @@ class Trace:
             span.begins.append(len(self.saved))
         return slicing.join(rows)
 
-    def cheap(self, part: Part) -> int:
+    def cheap(self, number: int) -> int:
         """Up to how many bytes a tensor that a part saves is kept instead of made again.
 
         Behind slices a small one, such as the noise of a stochastic depth, would be dear: it would
         take all slices once more to come to it.
         """
-        parts = self.body.parts
-        return SMALL if any(p.slicing is not None for p in parts[: parts.index(part)]) else 0
+        behind = any(self.body.parts[before].slicing is not None for before in range(number))
+        return SMALL if behind else 0
 
     def place(self, slot: int) -> tuple[int, int]:
         """The part and the slice that saved something."""
@@ -315,7 +315,7 @@ class Again:
         record = collect or self.exact
         expected = self.trace.saved[span.begins[index] : span.begins[index + 1]]
         found: list[tuple[torch.Tensor, int]] = []
-        small = self.trace.cheap(self.trace.body.parts[number])
+        small = self.trace.cheap(number)
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if not isinstance(tensor, nn.Parameter) and _nbytes(tensor) > small:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.utils import _device
 
 _PLUMBING = tuple(
@@ -45,6 +46,7 @@ def _dispatch_modes() -> tuple[int, Any]:
     return size, torch._C._get_dispatch_stack_at(size - 1) if size else None
 
 
+@_disable_dynamo
 def attention_kernels() -> tuple[Any, ...]:
     """Which kernels of attention are allowed, and in which order they are preferred."""
     core: Any = torch._C
@@ -58,6 +60,7 @@ def attention_kernels() -> tuple[Any, ...]:
     )
 
 
+@_disable_dynamo
 def allow_attention_kernels(allowed: tuple[Any, ...]) -> None:
     """Set what `attention_kernels` has given."""
     core: Any = torch._C
