@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops
 
@@ -81,7 +82,8 @@ def _traced(
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
         return function(*args, **kwargs)
 
-    with FakeTensorMode() as mode, torch.enable_grad():
+    # Whatever counts or records around this is not meant for it.
+    with _disable_current_modes(), FakeTensorMode() as mode, torch.enable_grad():
         tensors = [_like(values[n], device) for n in inputs]
         try:
             made = make_fx(run, pre_dispatch=True, tracing_mode="real")(*tensors)

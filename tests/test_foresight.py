@@ -397,3 +397,13 @@ def test_what_a_kernel_takes(name: str) -> None:
     expected = made + (rule(args, outputs) if rule else 0)
     real = re2fx.peak(lambda: func(*args)).peak
     assert real == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_a_planned_network_is_foreseen_as_it_was_planned() -> None:
+    """Its program is made anew inside the step: attention that tracing kept whole is opened."""
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    model = SwinTransformer3d([2, 4, 4], 24, [2], [3], [8, 7, 7])
+    x = torch.randn(1, 3, 16, 56, 56)
+    rev: Any = re2fx.transform(model, x, memory="lowest")
+    assert foresee(rev, x).peak == rev.memory_plan.predicted.peak
