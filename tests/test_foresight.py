@@ -406,4 +406,5 @@ def test_a_planned_network_is_foreseen_as_it_was_planned() -> None:
     model = SwinTransformer3d([2, 4, 4], 24, [2], [3], [8, 7, 7])
     x = torch.randn(1, 3, 16, 56, 56)
     rev: Any = re2fx.transform(model, x, memory="lowest")
-    assert foresee(rev, x).peak == rev.memory_plan.predicted.peak
+    found, planned = foresee(rev, x).peak, rev.memory_plan.predicted.peak
+    assert found.peak == pytest.approx(planned.peak, rel=1e-3)
