@@ -15,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test bench pareto gpu accuracy exactness sentences zoo situations fuzz pictures render format clean
+.PHONY: demo test bench pareto frames gpu accuracy exactness sentences zoo situations fuzz pictures render format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
@@ -69,6 +69,11 @@ exactness: $(VENV)/.installed
 # Step time against peak (about half an hour on two cores); goes on from what is known.
 pareto: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.pareto
+	$(BIN)/python -m benchmarks.render
+
+# What each kind of frame takes off the peak (about half an hour on two cores).
+frames: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.frames
 	$(BIN)/python -m benchmarks.render
 
 gpu: $(VENV)/.installed

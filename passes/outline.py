@@ -33,6 +33,7 @@ from re2fx.contexts import owned
 from re2fx.framing import Framing, may_run_again
 from re2fx.graph import Flow
 from re2fx.layout import Relayout
+from re2fx.partition import subgraph
 from re2fx.program import Enter, Leave, Program, RunBlock, RunLink, Segment, Step
 from re2fx.replay import Lookup
 from re2fx.runtime import Reverse
@@ -248,7 +249,7 @@ class _Outliner:
         current, branch = (self.flow.by_name[name] for name in (step.current, step.branch))
         sides = self.sides(group)
         body = sorted(group.body, key=self.position.__getitem__)
-        graph, targets = self.subgraph(body, [current, *sides], branch)
+        graph, targets = subgraph(body, [current, *sides], branch)
         name = f"{step.location.module or 'the model'} ({step.location})"
         function = self.compile(graph, f"branch {step.branch}")
         kept = self.anchored[group.chain][step]
@@ -268,7 +269,7 @@ class _Outliner:
         sources = [link.current, *link.currents]
         for name, source, sides in zip(link.currents, sources, self.link_sides(link), strict=False):
             node = named[name]
-            graph, _ = self.subgraph([node], [named[source], *sides], node)
+            graph, _ = subgraph([node], [named[source], *sides], node)
             kind = undoing(node)
             operations.append((kind, compile_graph(graph, f"link {name}"), len(sides)))
             reads += sides
@@ -313,7 +314,7 @@ class _Outliner:
         reads = self.outside(nodes, [])
         output = next((node for node in nodes if node.op == "output"), None)
         inner = [node for node in nodes if node.op != "output"]
-        graph, targets = self.subgraph(inner, reads, results, output)
+        graph, targets = subgraph(inner, reads, results, output)
         name = f"segment {len(self.steps)}"
         function = self.compile(graph, name)
         outputs = () if output is not None else tuple(map(self.slot, results))
@@ -339,37 +340,6 @@ class _Outliner:
         return (
             f"{next(iter(modules))} to {list(modules)[-1]} ({first})" if places[1:] else f"{first}"
         )
-
-    def subgraph(
-        self,
-        body: Sequence[Node],
-        inputs: Sequence[Node],
-        result: Node | list[Node],
-        output: Node | None = None,
-    ) -> tuple[Graph, tuple[str, ...]]:
-        """A graph of its own for some nodes, and the dotted names it looks up on the root."""
-        graph = Graph()
-        copies: dict[Node, Node] = {}
-        for node in inputs:
-            copies[node] = graph.placeholder(node.name)
-        targets: dict[str, None] = {}
-
-        def copied(value: Node) -> Node:
-            if value not in copies:
-                assert value.op == "get_attr", f"{value} is neither an input nor part of the body"
-                copies[value] = graph.node_copy(value)
-                targets[str(value.target)] = None
-            return copies[value]
-
-        for node in body:
-            copies[node] = graph.node_copy(node, copied)
-            if node.op == "call_module":
-                targets[str(node.target)] = None
-        if output is not None:
-            graph.node_copy(output, copied)
-        else:
-            graph.output(copied(result) if isinstance(result, Node) else tuple(map(copied, result)))
-        return graph, tuple(targets)
 
     def frees(self) -> tuple[tuple[int, ...], ...]:
         """Per step the slots that are read there for the last time, or never."""

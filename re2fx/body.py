@@ -19,7 +19,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from .observers import has_hooks
 from .replay import Autocast, Lookup
 
 Function = Callable[..., Any]
@@ -79,7 +81,7 @@ class Slicing:
         """Whether the modules are of their classes, without hooks, and draw no random numbers."""
         for target, kind in self.modules:
             module = _member(root, target)
-            if type(module) is not kind or _hooked(module):
+            if has_hooks(module) or type(module) is not kind:
                 return False
             if target in self.quiet and _draws(module):
                 return False
@@ -138,22 +140,31 @@ class Fixed:
     """Inputs that a body was made for.
 
     Attributes:
-        inputs: sizes, strides and dtype of each tensor, and every other value itself.
+        inputs: of each leaf sizes, strides and dtype if it is a tensor, else the value itself.
+        structure: the containers around them.
+        device: of all tensors.
         autocasts: the state of autocast.
     """
 
     inputs: tuple[Any, ...]
+    structure: Any
+    device: torch.device
     autocasts: tuple[Autocast, ...]
 
     @classmethod
-    def of(cls, inputs: Sequence[Any], kinds: Sequence[str]) -> Fixed:
-        """Those that are given, under the present autocast."""
-        return cls(tuple(map(_told, inputs)), tuple(map(Autocast.now, kinds)))
+    def of(cls, inputs: Sequence[Any], device: torch.device) -> Fixed:
+        """Those that are given, as if they were on a device, under the present autocast."""
+        leaves, structure = pytree.tree_flatten(list(inputs))
+        kinds = dict.fromkeys(("cpu", device.type))
+        autocasts = [Autocast.now(kind) for kind in kinds if kind != "meta"]
+        return cls(tuple(map(_told, leaves)), structure, device, tuple(autocasts))
 
     def holds(self, inputs: Sequence[Any]) -> bool:
         """Whether others are like them."""
-        same = tuple(map(_told, inputs)) == self.inputs
-        return same and all(Autocast.now(a.device_type) == a for a in self.autocasts)
+        leaves, structure = pytree.tree_flatten(list(inputs))
+        same = structure == self.structure and tuple(map(_told, leaves)) == self.inputs
+        there = all(x.device == self.device for x in leaves if isinstance(x, torch.Tensor))
+        return same and there and all(Autocast.now(a.device_type) == a for a in self.autocasts)
 
 
 def _told(value: Any) -> Any:
@@ -221,11 +232,3 @@ def _member(root: Any, target: str) -> Any:
 def _draws(module: Any) -> bool:
     """Whether a dropout, or an attention with one, draws random numbers."""
     return bool(module.training and getattr(module, "p", getattr(module, "dropout", 0)))
-
-
-def _hooked(module: Any) -> bool:
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks,
-        module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    return any(hooks)

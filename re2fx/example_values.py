@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from .foresight import Forecast
 from .interpret import LiveInterpreter
+from .sizes import on_meta
 
 
 def example_values(
@@ -34,13 +33,5 @@ class _Reader(LiveInterpreter):
         """Run one and note what it comes to."""
         value = super().run_node(n)
         if n.op != "output":
-            self.values[n.name] = pytree.tree_map_only(torch.Tensor, _on_meta, value)
+            self.values[n.name] = on_meta(value)
         return value
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():  # a fake one would hold its mode, and cannot be pickled
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return made.requires_grad_(tensor.requires_grad and tensor.is_floating_point())

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops
+from .sizes import on_meta
 
 _KNOWN = ("torch", "operator", "_operator", "math", "builtins", "re2fx", "einops")
 Values = dict[Node, Any]
@@ -83,13 +84,12 @@ def _traced(
         return function(*args, **kwargs)
 
     # Whatever counts or records around this is not meant for it.
-    with _disable_current_modes(), FakeTensorMode() as mode, torch.enable_grad():
+    with _disable_current_modes(), FakeTensorMode(), torch.enable_grad():
         tensors = [_like(values[n], device) for n in inputs]
         try:
             made = make_fx(run, pre_dispatch=True, tracing_mode="real")(*tensors)
         except Exception:  # whatever a function may do with a value that is not there
             return None
-    del mode
     bad = (n for n in made.graph.nodes if _is_held(n, made) or ops.switches_context(n))
     return None if any(True for _ in bad) else (made, inputs)
 
@@ -130,7 +130,8 @@ def _inline(
             else:
                 own[inner] = graph.node_copy(inner, own.__getitem__)
             own[inner].name = f"{node.name}_{inner.name}"
-            known[own[inner]] = pytree.tree_map_only(Tensor, _on_meta, inner.meta.get("val"))
+            graded = any(_needs_grad(known.get(value)) for value in own[inner].all_input_nodes)
+            known[own[inner]] = _graded(on_meta(inner.meta.get("val")), graded)
     raise AssertionError("every graph has an output")
 
 
@@ -141,6 +142,20 @@ def _filled(arguments: Any, given: dict[Node, Any]) -> Any:
     return thawed(map_arg(arguments, given.__getitem__))
 
 
+def _needs_grad(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _graded(value: Any, graded: bool) -> Any:
+    """A value as what is computed from its inputs: tracing does not say what needs a gradient."""
+
+    def mark(tensor: Tensor) -> Tensor:
+        return tensor.requires_grad_(graded and tensor.is_floating_point())
+
+    return pytree.tree_map_only(Tensor, mark, value)
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
@@ -148,7 +163,3 @@ def _is_tensor(value: Any) -> bool:
 def _like(tensor: Tensor, device: torch.device) -> Tensor:
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

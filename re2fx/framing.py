@@ -75,9 +75,7 @@ class Framing:
         made = self._in_parts(*opened, compile, f"{name}, opened")
         if not made.sliced:
             return body
-        kinds = dict.fromkeys(("cpu", self.device.type))
-        fixed = Fixed.of(inputs, [kind for kind in kinds if kind != "meta"])
-        return replace(made, fixed=fixed, otherwise=body)
+        return replace(made, fixed=Fixed.of(inputs, self.device), otherwise=body)
 
     def _in_parts(self, graph: Graph, values: dict[Node, Any], compile: Compile, name: str) -> Body:
         found = _worth_while(regions(graph, self.root, values), values)

@@ -16,8 +16,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Hooks = MutableMapping[int, Callable[..., Any]]
 Place = tuple[int, int]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody registered a forward or backward hook on this very module."""
+    return any(getattr(module, kind, None) for kind in _KINDS)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

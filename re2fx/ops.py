@@ -25,6 +25,7 @@ from .arithmetic import is_subtraction as is_subtraction
 from .arithmetic import is_sum as is_sum
 from .arithmetic import negates as negates
 from .arithmetic import subtracts_from_second as subtracts_from_second
+from .observers import has_hooks as has_hooks
 from .overloads import is_check, overload, returns_view, writes
 from .shuffles import shuffles
 
@@ -114,19 +115,6 @@ def is_identity(node: Node, root: nn.Module) -> bool:
     values = [*node.args, *node.kwargs.values()]
     single = len(values) == 1 and isinstance(values[0], Node)
     return single and type(module) is nn.Identity and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody registered a forward or backward hook on this very module."""
-    return any(
-        getattr(module, name, None)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
 
 
 def is_activation(node: Node, root: nn.Module) -> bool:

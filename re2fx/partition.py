@@ -232,14 +232,18 @@ def _with_unread(graph: Graph, numbers: Sequence[Node]) -> Graph:
 
 
 def subgraph(
-    nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]
+    nodes: Sequence[Node],
+    inputs: Sequence[Node],
+    result: Node | Sequence[Node],
+    output: Node | None = None,
 ) -> tuple[Graph, tuple[str, ...]]:
     """A graph of its own for some nodes, and the dotted names it looks up on the root.
 
     Args:
         nodes: in order.
         inputs: become placeholders.
-        outputs: returned as a tuple.
+        result: returned, several as a tuple.
+        output: the node that returns something else instead.
     """
     graph = Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -256,5 +260,8 @@ def subgraph(
         copies[node] = graph.node_copy(node, copied)
         if node.op in ("call_module", "get_attr"):
             targets[str(node.target)] = None
-    graph.output(tuple(map(copied, outputs)))
+    if output is not None:
+        graph.node_copy(output, copied)
+    else:
+        graph.output(copied(result) if isinstance(result, Node) else tuple(map(copied, result)))
     return graph, tuple(targets)

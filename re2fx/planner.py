@@ -33,7 +33,7 @@ from .runtime import ChainCall
 from .sizes import nbytes
 from .text import amount
 
-SLICES = (1, 4, 16)
+SLICES = (4, 16)
 APART = 0.5
 FULL = 0.98  # of a budget is as good as all of it
 AMPLE = 1.5  # times what frames run whole take: slices would not let much more be stored
@@ -176,15 +176,15 @@ class Planner:
     def _levels(self) -> list[Level]:
         """Ways to shrink what a frame needs while it is brought back, each lower than the last."""
         if self._found is None:
-            steps = (SLICES[0], *(s for s in SLICES[1:] if s <= 2 * self._most_slices()))
-            levels = [Level(slices) for slices in steps[:1]]
-            for slices in steps[1:]:
-                if not self._is_lower(Level(slices), levels[-1]):
+            self._found = levels = [Level()]
+            most = 2 * self._most_slices()
+            for slices in SLICES:
+                if slices > most or not self._is_lower(Level(slices), levels[-1]):
                     break
                 levels.append(Level(slices))
             apart = levels[-1]._replace(apart=APART)
-            lower = self._has_parts() and self._is_lower(apart, levels[-1])
-            self._found = [*levels, apart] if lower else levels
+            if self._has_parts() and self._is_lower(apart, levels[-1]):
+                levels.append(apart)
         return self._found
 
     def _is_lower(self, level: Level, than: Level) -> bool:

@@ -119,7 +119,7 @@ class Trace:
         def pack(tensor: torch.Tensor) -> Any:
             if isinstance(tensor, nn.Parameter):
                 return tensor
-            if _nbytes(tensor) <= small:
+            if tensor.nbytes <= small:
                 self.kept_small.append(tensor.detach())
                 return self.kept_small[-1]
             self.saved.append(meta(tensor))
@@ -318,7 +318,7 @@ class Again:
         small = self.trace.cheap(number)
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, nn.Parameter) and _nbytes(tensor) > small:
+            if not isinstance(tensor, nn.Parameter) and tensor.nbytes > small:
                 tensor = tensor.detach()
                 found.append((tensor, tensor._version))
                 if stop and len(found) == len(expected):
@@ -372,10 +372,6 @@ def check_version(tensor: torch.Tensor, version: int, name: str) -> None:
             f"been modified by an inplace operation in the branch: a tensor of "
             f"{tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
         )
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def meta(tensor: torch.Tensor) -> Meta:

@@ -16,7 +16,7 @@ from benchmarks.torchvision_shim import ensure_torchvision
 from re2fx.codegen import compile_graph
 from re2fx.frames import Frames, blocks, checkpoints
 from re2fx.framing import Framing
-from re2fx.program import Program
+from re2fx.program import Program, RunBlock
 
 from .situations.harness import Pair, double, example
 
@@ -60,12 +60,14 @@ class Mixed:
         inputs: that it was planned for.
         blocks: how many each chain has.
         checkpoints: the steps that can be.
+        states: the steps of blocks, in front of which the state can be kept.
     """
 
     pair: Pair
     inputs: tuple[Any, ...]
     blocks: list[int]
     checkpoints: list[int]
+    states: list[int]
 
     @property
     def rev(self) -> re2fx.RewiredModule:
@@ -81,10 +83,17 @@ class Mixed:
         store = copy.copy(rev)
         store.memory = "store"
         program = largest(rev, *inputs)
-        return cls(Pair(model, rev, store), inputs, blocks(program), checkpoints(program))
+        states = [i for i, step in enumerate(program.steps) if isinstance(step, RunBlock)]
+        found = blocks(program), checkpoints(program), states
+        return cls(Pair(model, rev, store), inputs, *found)
 
     def frames(
-        self, stored: float = 0, checkpointed: bool | Sequence[int] = True, slices: int = 1
+        self,
+        stored: float = 0,
+        checkpointed: bool | Sequence[int] = True,
+        slices: int = 1,
+        states: slice | None = None,
+        apart: float = 0,
     ) -> Frames:
         """Frames of some kinds.
 
@@ -92,10 +101,13 @@ class Mixed:
             stored: a share of the blocks of each chain, of which any is at least one block.
             checkpointed: whether what can be is a checkpoint, or which of them.
             slices: at most so many.
+            states: of which blocks the state in front is kept.
+            apart: part of what the largest frame makes, from which on they come part by part.
         """
         own = self.checkpoints if checkpointed is True else checkpointed or ()
         some = tuple(max(round(n * stored), int(stored > 0)) for n in self.blocks)
-        return Frames(some, frozenset(own), slices)
+        kept = self.states[states] if states is not None else []
+        return Frames(some, frozenset((*own, *kept)), slices, apart)
 
     def choose(self, **kinds: Any) -> Pair:
         """Both networks, the first with frames of some kinds."""

@@ -21,7 +21,7 @@ from re2fx.errors import ReplayError
 
 from .chains import Branch, Chain, Parts, X, calls, no_collection, of, reset
 from .compare import assert_reversible_equals_store, assert_same, weighted
-from .models import Net
+from .models import Net, Twice
 from .situations.harness import Run, compare, double, outcome, pair, train
 
 Function = Callable[[Tensor], Tensor]
@@ -215,22 +215,6 @@ def test_a_gradient_inside_of_a_branch() -> None:
     with pytest.raises(ReplayError, match="memory='store'"):
         both.reversible(X)
     compare(of(), X)
-
-
-class Twice(torch.autograd.Function):
-    """Reads what it saved twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        product = x * y
-        ctx.save_for_backward(x, y, product)
-        return product + x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        first, second = ctx.saved_tensors, ctx.saved_tensors
-        assert all(map(torch.equal, first, second))
-        return grad * (first[1] + 1), grad * second[0]
 
 
 @pytest.mark.parametrize("depth", [2, 3, 6])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from re2fx.peak import Peak
 from re2fx.workspace import nbytes, rule_of
 
 from .models import ConvNet, Net
+from .threads import single as single
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -82,15 +83,6 @@ MODELS: dict[str, Callable[[], Given]] = {
     "swin3d": swin3d,
     "gpt2": gpt2,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Kernels take some of their scratch per thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def measured(model: nn.Module, x: Any, grads: bool, autocast: bool = False) -> Peak:

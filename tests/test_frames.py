@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,8 +17,9 @@ import re2fx
 from re2fx import Coupling
 from re2fx.errors import ConditioningError, NoResidualError
 from re2fx.frames import Frames
+from re2fx.memory import saved_bytes
 from re2fx.program import RunBlock, Segment
-from re2fx.rerun import watching
+from re2fx.rerun import Again, watching
 
 from . import programs
 from .framed import MODELS, ConvStages, Mixed, Transformer, force, largest, mixed
@@ -43,6 +44,100 @@ def test_every_mixture(name: str, slices: int) -> None:
     for stored, checkpointed in itertools.product(STORED.values(), (True, False)):
         kinds = {"stored": stored, "checkpointed": checkpointed, "slices": slices}
         compare(net.choose(**kinds), *net.inputs)
+
+
+EVERY, SECOND = slice(None), slice(1, None, 2)
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("name", ["written attention", "dropout", "convolutions", "gpt2"])
+def test_states_in_front_of_blocks(name: str, slices: int) -> None:
+    """Kept for all blocks, or some of them among others that are undone or stored."""
+    net = network(name)
+    for stored, states in itertools.product((0, 0.5), (EVERY, SECOND)):
+        compare(net.choose(stored=stored, states=states, slices=slices), *net.inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": Coupling.consistent(0.25), "exact": True}])
+def test_nothing_is_undone_where_a_state_is_kept(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is what would undo it to the bit kept."""
+    net = Mixed.of(double(Transformer(depth=3)), example(2, 7, 4), **options)
+    kept = []
+    for states in (None, EVERY):
+        net.choose(states=states)
+        with re2fx.record() as calls:
+            out = net.pair.reversible(*net.inputs)
+        (call,) = calls
+        kept.append(sum(record.lost is not None for record in call.records))
+        undone: list[str] = []
+        retreat = type(call.coupling).retreat
+
+        def counted(self: Any, *given: Any, retreat: Any = retreat, undone: Any = undone) -> Any:
+            undone.append("block")
+            return retreat(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(call.coupling), "retreat", counted)
+            out.sum().backward()
+        assert len(undone) == (5 if states is None else 0)
+    assert kept == [5 if options else 0, 0]
+
+
+def test_a_state_takes_one_stream() -> None:
+    net = network("written attention")
+    sizes = []
+    for states in (None, EVERY):
+        run = net.choose(states=states).reversible
+        sizes.append(sum(saved_bytes(partial(run, *net.inputs), net.rev).chains))
+    stream = 2 * 7 * 8 * 8  # samples, tokens, width, bytes
+    # The last two states of the stream are kept anyway, and so is nothing in front of the first.
+    assert sizes[1] - sizes[0] == (net.blocks[0] - 1) * stream
+
+
+def test_a_kept_state_that_was_changed_is_refused() -> None:
+    net = network("written attention")
+    net.choose(states=EVERY)
+    with re2fx.record() as calls:
+        out = net.pair.reversible(*net.inputs)
+    before = calls[0].records[-1].before
+    assert before is not None
+    before.tensor.add_(1)
+    with pytest.raises(re2fx.errors.ReplayError, match="changed in place"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("stored", [0, 0.5])
+@pytest.mark.parametrize("name", ["written attention", "dropout", "convolutions", "gpt2"])
+def test_part_by_part(name: str, stored: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every frame cut wherever less crosses than was made, and brought back in those parts."""
+    monkeypatch.setattr("re2fx.partition.NARROW", 1)
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    net = Mixed.of(double(model), *inputs)
+    for slices in (1, 3):
+        compare(net.choose(stored=stored, slices=slices, apart=1e-9), *inputs)
+
+
+def test_parts_that_come_apart_hold_less_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part in front saves is not there while those behind it are differentiated."""
+    monkeypatch.setattr("re2fx.partition.NARROW", 1)
+    net = Mixed.of(double(ConvStages()), example(3, 3, 8, 8))
+    take, most = Again.take, [0]
+
+    def watched(self: Again, slot: int) -> tuple[Tensor, int]:
+        found = take(self, slot)
+        most[0] = max(most[0], len(self.saved))
+        return found
+
+    monkeypatch.setattr(Again, "take", watched)
+    held = []
+    for apart in (0, 1e-9):
+        most[0] = 0
+        net.choose(apart=apart).reversible(*net.inputs).sum().backward()
+        held.append(most[0])
+    assert held[1] < held[0]
 
 
 @pytest.mark.usefixtures("small")
@@ -256,10 +351,9 @@ def test_random_programs(data: st.DataObject, rank: int, training: bool) -> None
         for _ in range(2):
             frames = Frames(
                 tuple(data.draw(st.integers(0, n)) for n in net.blocks),
-                data.draw(st.frozensets(st.sampled_from(net.checkpoints)))
-                if net.checkpoints
-                else frozenset(),
+                data.draw(st.frozensets(st.sampled_from([*net.checkpoints, *net.states]))),
                 data.draw(st.integers(1, 5)),
+                data.draw(st.sampled_from((0, 0.5, 1e-9))),
             )
             force(net.rev, frames, x, cond)
             compare(net.pair, x, cond, tolerance=1e-8)

@@ -18,6 +18,7 @@ from re2fx.rerun import watching
 
 from .compare import weighted
 from .framed import Layer, Mixed, Transformer, mixed
+from .models import Twice
 from .situations.harness import Run, compare, double, example
 
 X = example(2, 7, 4)
@@ -259,21 +260,6 @@ def test_an_optimizer_that_steps_in_the_backward(kind: str) -> None:
             weighted((both.store if stored else both.reversible)(X)).backward()
         left.append([p.detach().clone() for p in net.rev.parameters()])
     torch.testing.assert_close(*left, rtol=1e-9, atol=1e-10)
-
-
-class Twice(torch.autograd.Function):
-    """Reads what it saved twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        product = x * y
-        ctx.save_for_backward(x, y, product)
-        return product + x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        first, second = ctx.saved_tensors, ctx.saved_tensors
-        return grad * (first[1] + second[1] - first[1] + 1), grad * second[0]
 
 
 class Reads(nn.Module):

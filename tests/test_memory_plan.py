@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,16 @@ from re2fx.peak import Peak
 
 from .models import Block, ConvNet, Net
 from .test_cli import NET, run
+from .threads import single as single
 
 MIB = 2**20
 X = torch.randn(2048, 4)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, since kernels take some of their scratch per thread, and fewer candidates."""
-    monkeypatch.setattr(planner, "SLICES", (1, 4))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer candidates."""
+    monkeypatch.setattr(planner, "SLICES", (4,))
 
 
 def net(depth: int = 4, **options: Any) -> Net:

@@ -26,6 +26,8 @@ from benchmarks.pareto_entries import (
 from benchmarks.pareto_measure import Bench, largest_difference, measure
 from benchmarks.pareto_models import Subject, call, gpt2, slowfast, swin3d, vit
 
+from .threads import single as single
+
 ROOT = Path(__file__).parent.parent
 
 TINY = {
@@ -40,12 +42,10 @@ ENVIRONMENT = {"cpu": "one", "cores": 1, "torch": "2", "python": "3", "date": "t
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seeds() -> Iterator[None]:
+    """Random numbers go on as if nothing had been drawn."""
     with torch.random.fork_rng():
         yield
-    torch.set_num_threads(threads)
 
 
 def tiny(name: str) -> Subject:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from re2fx.body import Body
+from re2fx.body import Body, Fixed
 from re2fx.codegen import compile_graph
+from re2fx.expand import expand
 from re2fx.framing import Framing
 from re2fx.partition import partition
 from re2fx.rerun import Again, Trace
@@ -197,3 +198,47 @@ def test_results_that_hold_no_tensors_stay_what_they_are() -> None:
     body = body_of(model, X)
     assert body.sliced
     assert_same(model, body, X)
+
+
+@torch.fx.wrap
+def closed(x: Tensor, weight: Tensor) -> Tensor:
+    """Kept whole by tracing."""
+    return torch.tanh(x @ weight) @ weight.t()
+
+
+class Closed(nn.Module):
+    """Calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return closed(x, self.weight)
+
+
+def test_what_is_opened_needs_gradients_as_before() -> None:
+    """Else a region that others follow would be taken for one that is cheap to run once more."""
+    model = torch.fx.symbolic_trace(Closed())
+    x = torch.empty(3, 4, device="meta", requires_grad=True)
+    weight = torch.empty(4, 4, device="meta", requires_grad=True)
+    given = {"x": x, "weight": weight, "closed": x @ weight}
+    values = {node: given.get(node.name) for node in model.graph.nodes}
+    opened = expand(model.graph, values, torch.device("cpu"))
+    assert opened is not None
+    graph, known = opened
+    made = [known[node] for node in graph.nodes if node.op == "call_function"]
+    assert len(made) >= 3
+    assert all(value.requires_grad for value in made if value.shape == (3, 4))
+
+
+def test_a_body_is_fixed_to_containers_of_tensors_and_to_a_device() -> None:
+    meta, real = (torch.empty(2, 3, device=device) for device in ("meta", "cpu"))
+    fixed = Fixed.of([(meta, 2), 5], torch.device("cpu"))
+    assert fixed.holds([(real, 2), 5])
+    assert not fixed.holds([[real, 2], 5])
+    assert not fixed.holds([(real, 3), 5])
+    assert not fixed.holds([(real.t(), 2), 5])
+    assert not fixed.holds([(meta, 2), 5])  # moved to another device since
+    with torch.autocast("cpu"):
+        assert not fixed.holds([(real, 2), 5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -22,18 +22,10 @@ from re2fx.planner import Planner
 
 from .framed import ConvStages, Mixed, Transformer, Whole
 from .situations.harness import double, example
+from .threads import single as single
 
 TOLERANCE = 0.03
 FLOAT = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Kernels take some of their scratch per thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 Given = tuple[nn.Module, Tensor]
