@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import ops
-from .sizes import on_meta
+from .interpret import Reader, thawed
 
 _KNOWN = ("torch", "operator", "_operator", "math", "builtins", "re2fx", "einops")
 Values = dict[Node, Any]
+Traced = tuple[GraphModule, list[Node], dict[str, Any]]
 
 
 def expand(graph: Graph, values: Values, device: torch.device) -> tuple[Graph, Values] | None:
@@ -62,10 +63,8 @@ def _is_closed(node: Node) -> bool:
     return module.split(".")[0] not in _KNOWN
 
 
-def _traced(
-    node: Node, values: Values, device: torch.device
-) -> tuple[GraphModule, list[Node]] | None:
-    """The function's operations, and the nodes whose values are their inputs."""
+def _traced(node: Node, values: Values, device: torch.device) -> Traced | None:
+    """The function's operations, the nodes whose values are their inputs, and what they come to."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -84,14 +83,17 @@ def _traced(
         return function(*args, **kwargs)
 
     # Whatever counts or records around this is not meant for it.
-    with _disable_current_modes(), FakeTensorMode(), torch.enable_grad():
+    modes = _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True)
+    with modes[0], modes[1], torch.enable_grad():
         tensors = [_like(values[n], device) for n in inputs]
         try:
             made = make_fx(run, pre_dispatch=True, tracing_mode="real")(*tensors)
+            reader = Reader(made, made.graph)  # tracing does not say what needs a gradient
+            reader.run(*tensors)
         except Exception:  # whatever a function may do with a value that is not there
             return None
     bad = (n for n in made.graph.nodes if _is_held(n, made) or ops.switches_context(n))
-    return None if any(True for _ in bad) else (made, inputs)
+    return None if any(True for _ in bad) else (made, inputs, reader.values)
 
 
 def _is_held(node: Node, made: GraphModule) -> bool:
@@ -106,13 +108,13 @@ def _number(node: Node, made: GraphModule) -> Tensor | None:
 
 def _inline(
     graph: Graph,
-    traced: tuple[GraphModule, list[Node]],
+    traced: Traced,
     node: Node,
     copies: dict[Node, Node],
     known: Values,
 ) -> Node:
     """Copy the operations of a function to the end of a graph; returns its result."""
-    made, inputs = traced
+    made, inputs, found = traced
     own: dict[Node, Node] = {}
     given = iter(inputs)
     for inner in made.graph.nodes:
@@ -130,30 +132,13 @@ def _inline(
             else:
                 own[inner] = graph.node_copy(inner, own.__getitem__)
             own[inner].name = f"{node.name}_{inner.name}"
-            graded = any(_needs_grad(known.get(value)) for value in own[inner].all_input_nodes)
-            known[own[inner]] = _graded(on_meta(inner.meta.get("val")), graded)
+            known[own[inner]] = found[inner.name]
     raise AssertionError("every graph has an output")
 
 
 def _filled(arguments: Any, given: dict[Node, Any]) -> Any:
     """A node's arguments with values in place of nodes, in lists that may be written into."""
-    from .interpret import thawed
-
     return thawed(map_arg(arguments, given.__getitem__))
-
-
-def _needs_grad(value: Any) -> bool:
-    leaves = pytree.tree_leaves(value)
-    return any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
-
-
-def _graded(value: Any, graded: bool) -> Any:
-    """A value as what is computed from its inputs: tracing does not say what needs a gradient."""
-
-    def mark(tensor: Tensor) -> Tensor:
-        return tensor.requires_grad_(graded and tensor.is_floating_point())
-
-    return pytree.tree_map_only(Tensor, mark, value)
 
 
 def _is_tensor(value: Any) -> bool:

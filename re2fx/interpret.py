@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from .graph import lookup
+from .sizes import on_meta
 
 
 class LiveInterpreter(fx.Interpreter):
@@ -35,6 +36,21 @@ class LiveInterpreter(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module of the live root."""
         return lookup(self._root, str(target))(*args, **kwargs)
+
+
+class Reader(LiveInterpreter):
+    """Notes what every node comes to, by its name, on ``meta``."""
+
+    def __init__(self, root: Any, graph: Graph) -> None:
+        super().__init__(root, graph)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one and note what it comes to."""
+        value = super().run_node(n)
+        if n.op != "output":
+            self.values[n.name] = on_meta(value)
+        return value
 
 
 def thawed(value: Any) -> Any:
