@@ -22,7 +22,7 @@ from re2fx.peak import Peak
 from re2fx.workspace import nbytes, rule_of
 
 from .models import ConvNet, Net
-from .threads import single as single
+from .planning import single as single
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

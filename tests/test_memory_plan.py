@@ -21,17 +21,12 @@ from re2fx.memory_plan import brief
 from re2fx.peak import Peak
 
 from .models import Block, ConvNet, Net
+from .planning import few_slices as few_slices
+from .planning import single as single
 from .test_cli import NET, run
-from .threads import single as single
 
 MIB = 2**20
 X = torch.randn(2048, 4)
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer candidates."""
-    monkeypatch.setattr(planner, "SLICES", (4,))
 
 
 def net(depth: int = 4, **options: Any) -> Net:

@@ -26,7 +26,8 @@ from benchmarks.pareto_entries import (
 from benchmarks.pareto_measure import Bench, largest_difference, measure
 from benchmarks.pareto_models import Subject, call, gpt2, slowfast, swin3d, vit
 
-from .threads import single as single
+from .planning import few_slices as few_slices
+from .planning import single as single
 
 ROOT = Path(__file__).parent.parent
 

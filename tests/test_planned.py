@@ -22,6 +22,7 @@ from re2fx.rerun import watching
 
 from .compare import Outcome, assert_same, step, weighted
 from .framed import Layer, Transformer, mixed
+from .planning import few_slices as few_slices
 from .situations.harness import Pair, compare, double, example, outcome, train
 from .test_pieces import Dropping, Middle, made, pieces
 

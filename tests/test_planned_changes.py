@@ -12,6 +12,7 @@ from re2fx.body import Slicing
 
 from .framed import Mixed, Transformer
 from .models import ConvNet
+from .planning import few_slices as few_slices
 from .situations.harness import compare, double, example
 
 X = example(2, 7, 4)

@@ -21,8 +21,8 @@ from re2fx.memory_plan import MemoryPlan, weigh
 from re2fx.planner import Planner
 
 from .framed import ConvStages, Mixed, Transformer, Whole
+from .planning import single as single
 from .situations.harness import double, example
-from .threads import single as single
 
 TOLERANCE = 0.03
 FLOAT = torch.float32
