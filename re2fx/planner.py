@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .budget import Memory
 from .codegen import compile_graph
-from .errors import BudgetError
+from .errors import BudgetError, CaptureError
 from .example_values import example_values
 from .foresight import Forecast, Foreseen, total
 from .frames import Framed, Frames, blocks, bodies, checkpoints, framed
@@ -336,8 +336,11 @@ def plan_frames(
         CaptureError: what the model allocates depends on the values of tensors.
     """
     rewired = variant.settled(mode, live._model, executors)
-    with saved_tensors_hooks(_same, _same):  # those around the call are not for this
-        return _plan(live, variant, rewired, inputs, memory, executors)
+    try:
+        with saved_tensors_hooks(_same, _same):  # those around the call are not for this
+            return _plan(live, variant, rewired, inputs, memory, executors)
+    except CaptureError as error:
+        raise CaptureError(f"{error} Or use memory='reversible', which is not planned.") from error
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

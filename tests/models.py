@@ -114,5 +114,5 @@ class Twice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         first, second = ctx.saved_tensors, ctx.saved_tensors
-        assert all(map(torch.equal, first, second))
-        return grad * (first[1] + 1), grad * second[0]
+        y = 2 * first[1] - second[1]  # y itself, if both readings are alike
+        return grad * (y + 1), grad * (2 * second[0] - first[0])

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import re2fx
 from re2fx import Coupling
-from re2fx.errors import OptionError
+from re2fx.errors import CaptureError, OptionError
 from re2fx.rerun import watching
 
 from .compare import Outcome, assert_same, step, weighted
@@ -97,6 +97,22 @@ def test_nothing_to_plan() -> None:
         with pytest.raises(OptionError, match="nothing to plan"):
             rev.plan_memory(X)
         assert rev.memory_plan is None
+
+
+class Clipped(nn.Module):
+    """Looks at the values it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm() if x.norm() > 1 else x
+
+
+def test_what_depends_on_values_is_not_planned() -> None:
+    """And runs as it was told to instead."""
+    model = Transformer()
+    model.layers[1].mlp[1] = Clipped()
+    with pytest.raises(CaptureError, match="depends on values.*memory='reversible'"):
+        lowest(model, X, leaves=[Clipped])
+    compare(lowest(model, X, leaves=[Clipped], memory="reversible"), X)
 
 
 @pytest.mark.parametrize("x", [example(5, 3, 4), example(1, 7, 4), example(2, 1, 4)])
