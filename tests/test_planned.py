@@ -110,7 +110,7 @@ def test_what_depends_on_values_is_not_planned() -> None:
     """And runs as it was told to instead."""
     model = Transformer()
     model.layers[1].mlp[1] = Clipped()
-    with pytest.raises(CaptureError, match="depends on values.*memory='reversible'"):
+    with pytest.raises(CaptureError, match=r"depends on values.*memory='reversible'"):
         lowest(model, X, leaves=[Clipped])
     compare(lowest(model, X, leaves=[Clipped], memory="reversible"), X)
 
