@@ -212,6 +212,7 @@ class Again:
             watcher(name)
         self.saved: Saved = {}
         self._left = set(range(len(trace.saved)))
+        self._behind = len(trace.spans)  # parts in front of it may be run again for their gradient
         self._values: list[Any] = [*inputs]
         # Results of slices, by part.
         self._rows: dict[int, dict[int, Sequence[Any]]] = {
@@ -240,8 +241,24 @@ class Again:
             self.saved = {key: value for key, value in self.saved.items() if key < begin}
             self._reach(number, collect=True)
             self._run(number, index, collect=True, stop=not self.wanted)
+            self._behind = number + (index > 0)
+            self._drop()
         self._left.discard(slot)
         return self.saved.pop(slot)
+
+    def _drop(self) -> None:
+        """Let go of what is read by nothing that is still to be run again.
+
+        Should somebody ask for a tensor a second time, it is made once more.
+        """
+        if self.wanted:
+            return
+        parts = zip(self.trace.body.parts[: self._behind], self.trace.spans, strict=False)
+        again = [part for part, span in parts if span.sizes or part.apart]
+        read = {place for part in again for place in part.reads}
+        for place in range(self.trace.body.inputs, len(self._values)):
+            if place not in read:
+                self._values[place] = _MISSING
 
     def result(self, collect: bool = False) -> list[Any]:
         """What the body returns, detached; it is not kept.
@@ -252,9 +269,8 @@ class Again:
         self._reach(len(self.trace.spans), collect)
         outputs = self.trace.body.outputs
         results = [_detached(self._values[place]) for place in outputs]
-        for place in outputs:
-            if place >= self.trace.body.inputs:
-                self._values[place] = _MISSING
+        self.wanted = False
+        self._drop()
         return results
 
     def _is_there(self, number: int) -> bool:

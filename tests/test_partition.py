@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
-from re2fx.body import Body, Fixed
+from re2fx.body import Body, Fixed, Part
 from re2fx.codegen import compile_graph
 from re2fx.expand import expand
 from re2fx.framing import Framing
 from re2fx.partition import partition
+from re2fx.replay import Lookup
 from re2fx.rerun import Again, Trace
 from re2fx.slicing import regions
 
@@ -242,3 +244,44 @@ def test_a_body_is_fixed_to_containers_of_tensors_and_to_a_device() -> None:
     assert not fixed.holds([(meta, 2), 5])  # moved to another device since
     with torch.autocast("cpu"):
         assert not fixed.holds([(real, 2), 5])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_nobody_reads_again_is_let_go(apart: bool) -> None:
+    """Behind a part whose gradient is there, unless a part in front is run once more for its own;
+    asked for again, it is made again."""
+    made: list[weakref.ref[Any]] = []
+
+    def square(root: nn.Module, x: Tensor) -> Tensor:
+        squared = x * x
+        made.append(weakref.ref(squared.untyped_storage()))
+        return squared
+
+    def logarithm(root: nn.Module, squared: Tensor) -> Tensor:
+        return (squared + 1).log()
+
+    def total(root: nn.Module, squared: Tensor, logs: Tensor) -> Tensor:
+        return (squared + logs).sum().exp()
+
+    def part(function: Any, reads: tuple[int, ...], write: int, **options: Any) -> Part:
+        return Part(function, reads, (write,), nothing, packed=False, **options)
+
+    root = nn.Module()
+    nothing = Lookup(())
+    parts = (
+        part(square, (0,), 1),
+        part(logarithm, (1,), 2, apart=apart),
+        part(total, (1, 2), 3),
+    )
+    x = example(5, 3).requires_grad_()
+    call = Call(Body(parts, 1, (3,)), root, x)
+    (output,) = call.run()
+    saved = call.trace.spans[2].begins[0]
+    first = call.unpack(0, saved)
+    assert torch.equal(first, output)
+    assert [ref() is not None for ref in made] == [False, apart]
+    assert torch.equal(call.unpack(0, saved), first)
+    output.backward()
+    assert x.grad is not None
+    expected = output.detach() * (2 * x + 2 * x / (x * x + 1))
+    torch.testing.assert_close(x.grad, expected.detach(), rtol=1e-12, atol=0)
