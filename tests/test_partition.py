@@ -248,8 +248,7 @@ def test_a_body_is_fixed_to_containers_of_tensors_and_to_a_device() -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_what_nobody_reads_again_is_let_go(apart: bool) -> None:
-    """Behind a part whose gradient is there, unless a part in front is run once more for its own;
-    asked for again, it is made again."""
+    """Behind a part whose gradient is there, unless one in front is run once more for its own."""
     made: list[weakref.ref[Any]] = []
 
     def square(root: nn.Module, x: Tensor) -> Tensor:
