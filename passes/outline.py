@@ -302,7 +302,7 @@ class _Outliner:
         if not self.pending:
             return
         nodes, self.pending = self.pending, []
-        for piece in self.framing.split(nodes) if self.framing else [nodes]:
+        for piece in self.framing.split(nodes, self.aliases) if self.framing else [nodes]:
             self.emit_segment(piece)
 
     def emit_segment(self, nodes: Sequence[Node]) -> None:

@@ -44,8 +44,11 @@ class Framing:
         """The example value of a node, or of its copy in another graph."""
         return self.values.get(node.name)
 
-    def split(self, nodes: Sequence[Node]) -> list[list[Node]]:
-        """Ordinary nodes that run one after the other, cut where little crosses."""
+    def split(self, nodes: Sequence[Node], aliases: Aliases) -> list[list[Node]]:
+        """Ordinary nodes that run one after the other, cut where little crosses.
+
+        Not in front of what writes to the memory of what crosses: it could not be run again.
+        """
         last = {value: i for i, node in enumerate(nodes) for value in node.all_input_nodes}
         pieces: list[list[Node]] = [[]]
         made, crossing = 0, dict[Node, int]()
@@ -57,7 +60,8 @@ class Framing:
                 crossing[node] = own
             crossing = {n: size for n, size in crossing.items() if last[n] > index}
             narrow = 0 < sum(crossing.values()) * NARROW <= made
-            if narrow and len(crossing) == 1 and index + 1 < len(nodes):
+            whole = narrow and len(crossing) == 1 and index + 1 < len(nodes)
+            if whole and all(aliases.write_after(value, node) is None for value in crossing):
                 pieces.append([])
                 made = 0
         return pieces
