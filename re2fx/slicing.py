@@ -27,6 +27,7 @@ from .slicing_table import is_quiet as is_quiet
 from .slicing_table import may_draw
 
 MANY = 16  # slices, of which more make no difference
+FAR = 32  # values, among which a region begins that reaches back
 
 Start = tuple[Node, Along, int]
 Answer = tuple[State | None, dict[Node, Along]]
@@ -84,14 +85,51 @@ class _Search:
 
     def best(self, many: int) -> Region | None:
         """The one that spares most bytes in many slices; then the first, along dimension 0."""
-        best: tuple[Any, Region] | None = None
-        for (start, along, items), region in self.grow_all():
-            rank = (-_spared(region, many), self.facts.position[start], along.dim, -items)
-            if best is None or rank < best[0]:
-                if order(self.facts, [*self.found, region]) is None:
+        best: tuple[Any, Start, Region] | None = None
+        for start, region in self.grow_all():
+            node, along, items = start
+            rank = (-_spared(region, many), self.facts.position[node], along.dim, -items)
+            if (best is None or rank < best[0]) and self.has_order(region):
+                best = rank, start, region
+        return best and self.reaching_back(best[1], best[2])
+
+    def has_order(self, region: Region) -> bool:
+        """Whether the graph has one with a region as a unit, too."""
+        return order(self.facts, [*self.found, region]) is not None
+
+    def reaching_back(self, start: Start, region: Region) -> Region:
+        """A region with what makes the slices that it reads, if that can be cut alike.
+
+        Such as the mask of an attention, which is larger than the two rows it is computed from.
+        """
+        starts = [start]
+        for value in [*region.sliced]:
+            if value is start[0] or value not in region.sliced:
+                continue
+            others = (other for node in self.makers(value) for other in self.starts(node))
+            for other in others:
+                if other[2] != region.items:
                     continue
-                best = rank, region
-        return best and best[1]
+                grown = _Growth(self, *starts, other)
+                found = grown.region() if value in grown.nodes else None
+                larger = found is not None and found.bytes > region.bytes
+                if found and larger and {*found.nodes} > {*region.nodes} and self.has_order(found):
+                    region, starts = found, [*starts, other]
+                    break
+        return region
+
+    def makers(self, value: Node) -> Sequence[Node]:
+        """What a value is made from by nodes that might be in a region, from far to near."""
+        facts, found = self.facts, dict[Node, None]()
+        waiting = deque([value])
+        while waiting and len(found) < FAR:
+            node = waiting.popleft()
+            if facts.rule(node) is None or node in facts.constants or node in self.taken:
+                continue
+            new = [maker for maker in facts.inputs[node] if maker not in found]
+            found.update(dict.fromkeys(new))
+            waiting.extend(new)
+        return sorted(found, key=facts.position.__getitem__)
 
     def grow_all(self) -> Iterable[tuple[Start, Region]]:
         """From every value along every dimension, but not from inside what has grown already.
@@ -149,13 +187,13 @@ def _spared(region: Region, many: int) -> float:
 
 
 class _Growth:
-    """What can be run slice by slice from one value on."""
+    """What can be run slice by slice from one value on, or from several that are cut alike."""
 
-    def __init__(self, search: _Search, start: Start) -> None:
+    def __init__(self, search: _Search, start: Start, *others: Start) -> None:
         self.search, self.facts, self.start = search, search.facts, start
-        self.items = start[2]
-        self.states: dict[Node, State] = {start[0]: start[1]}
-        self.sliced: dict[Node, Along] = {start[0]: start[1]}
+        self.items, self.starts = start[2], [node for node, *_ in (start, *others)]
+        self.sliced = {node: along for node, along, _ in (start, *others)}
+        self.states: dict[Node, State] = {**self.sliced}
         self.whole: set[Node] = set()
         self.nodes: dict[Node, State | None] = {}
         self.refused: list[Node] = []
@@ -165,7 +203,7 @@ class _Growth:
     def grow(self) -> None:
         """Take in every node that can be, in program order."""
         position = self.facts.position
-        heap = [position[user] for user in self.start[0].users]
+        heap = [position[user] for node in self.starts for user in node.users]
         heapq.heapify(heap)
         seen: set[int] = set()
         while heap:
