@@ -108,7 +108,7 @@ class Clipped(nn.Module):
 
 def test_what_depends_on_values_is_not_planned() -> None:
     """And runs as it was told to instead."""
-    model = Transformer()
+    model: Any = Transformer()
     model.layers[1].mlp[1] = Clipped()
     with pytest.raises(CaptureError, match=r"depends on values.*memory='reversible'"):
         lowest(model, X, leaves=[Clipped])
