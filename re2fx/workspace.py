@@ -129,6 +129,7 @@ class _Convolution:
     ) -> None:
         self.source, self.weight, self.result = source, weight, result
         self.groups, self.transposed = int(options[5]), bool(options[3])
+        self.strided = any(step > 1 for step in options[0])
         backend = torch._C._select_conv_backend(source, weight, None, *options)
         self.backend = str(backend).rsplit(".", 1)[-1]
         self.kernel = tuple(weight.shape[2:])
@@ -162,6 +163,19 @@ class _Convolution:
         if not self.backend.startswith("Slow") or not self._unfolded:
             return 0
         return self.source.shape[0] * self._unfolded_sample()
+
+    def gradient_columns(self) -> int:
+        """The unfolded gradient of the input; in three dimensions even where that is no other."""
+        if self.backend == "Slow3d":
+            return self.source.shape[0] * self._unfolded_sample()
+        return self.columns()
+
+    def thinned(self) -> int:
+        """Per thread the pixels of a sample that a strided 1x1 kernel reads."""
+        if not self.strided or prod(self.kernel) > 1 or self.transposed:
+            return 0
+        pixels = self.source.shape[1] * prod(self.result.shape[2:])
+        return torch.get_num_threads() * pixels * self.source.dtype.itemsize
 
     def _unfolded_sample(self) -> int:
         entries = self.source.shape[1] * prod(self.kernel) * prod(self.result.shape[2:])
@@ -212,7 +226,7 @@ def _convolution(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
         own = 0 if call.depthwise else call.padded_weight()
         return call.weight_copy() + (own or nbytes(call.weight))
     blocked = call.blocked(outputs[0])
-    reordered = call.blocked(call.source) + call.blocked_weight() + blocked
+    reordered = call.blocked(call.source) + call.blocked_weight() + blocked + call.thinned()
     return max(reordered - result, 2 * result if call.transposed else blocked)
 
 
@@ -220,9 +234,9 @@ def _convolution_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int
     """First the input's gradient, then the weight's; each blocked, then plain."""
     gradient, source, weight = args[:3]
     call = _Convolution(source, weight, gradient, args[4:10])
-    if not call.onednn:
-        return call.columns()
     to_source, to_weight = args[10][0], args[10][1]
+    if not call.onednn:
+        return call.gradient_columns() if to_source else call.columns()
     held = nbytes(source) if to_source else 0
     made = held + (nbytes(weight) if to_weight else 0)
     moments = [made]
@@ -238,7 +252,10 @@ def _convolution_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int
     given, taken = call.blocked(gradient), call.blocked(source)
     weights = call.blocked_weight()
     if to_source:
-        moments += [given + weights + taken, taken + held]
+        strided = call.strided and call.groups == 1 and not call.transposed
+        samples = torch.get_num_threads() * given // len(source) if strided else 0
+        again = held if strided else 0
+        moments += [given + weights + taken + samples, taken + held + again]
     if to_weight:
         scratch = call.products() or given + taken
         if call.depthwise:

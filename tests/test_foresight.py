@@ -322,6 +322,12 @@ CONVOLUTIONS = {
     "depthwise": convolution((2, 96, 14, 14), (96, 1, 7, 7), 1, 3, 96),
     "last": convolution((4, 64, 16, 16), (64, 64, 3, 3), 1, 1, 1, last=True),
     "depthwise last": convolution((2, 96, 14, 14), (96, 1, 7, 7), 1, 3, 96, last=True),
+    "strided": convolution((4, 64, 17, 17), (128, 64, 3, 3), 2, 1, 1),
+    "strided 1x1": convolution((4, 256, 16, 16), (512, 256, 1, 1), 2, 0, 1),
+    "strided in groups": convolution((4, 64, 17, 17), (64, 16, 3, 3), 2, 1, 4),
+    "strided, last": convolution((4, 64, 17, 17), (128, 64, 3, 3), 2, 1, 1, last=True),
+    "strided 3d": convolution((2, 64, 4, 16, 16), (64, 64, 3, 3, 3), 2, 1, 1),
+    "3d 1x1": convolution((2, 128, 4, 16, 16), (64, 128, 1, 1, 1), 1, 0, 1),
     "3d": convolution((2, 64, 4, 16, 16), (64, 64, 3, 3, 3), 1, 1, 1),
 }
 STEMS = {
