@@ -1,0 +1,163 @@
+"""Video backbones from other people's packages, with their features kept over time.
+
+torchvision's Video Swin (Liu et al., CVPR 2022) and pytorchvideo's SlowFast (Feichtenhofer et al.,
+ICCV 2019) end in a pool over time and space and a classifier. Here the pool leaves time alone and
+the classifier is another module, so that one network is pretrained, rewired and finetuned. Nothing
+inside of a backbone is written by hand: what is rewired is what the package built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.torchvision_shim import ensure_torchvision
+
+Build = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How to make one.
+
+    Attributes:
+        family: ``"swin"`` or ``"slowfast"``.
+        words: what it is, for tables.
+        build: makes the network with random weights, given frames ``(B, 3, T, H, W)``, giving
+            features ``(B, channels, T / stride)``.
+        channels: of its features.
+        stride: frames per feature.
+        frames, pixels: of the clips that it is meant for.
+    """
+
+    family: str
+    words: str
+    build: Build
+    channels: int
+    stride: int
+    frames: int
+    pixels: int
+
+    def example(self, batch: int = 1) -> Tensor:
+        """Random frames of its size."""
+        return torch.randn(batch, 3, self.frames, self.pixels, self.pixels)
+
+
+class Swin(nn.Module):
+    """A Video Swin whose features are means over space.
+
+    Args:
+        network: a ``torchvision.models.video.SwinTransformer3d``; its pool and head are replaced.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        network.avgpool = nn.AdaptiveAvgPool3d((None, 1, 1))
+        network.head = nn.Identity()
+        self.network, self.channels = network, network.num_features
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features ``(B, C, T / 2)`` of frames ``(B, 3, T, H, W)``."""
+        flat: Tensor = self.network(frames)
+        return flat.unflatten(1, (self.channels, -1))
+
+
+class SlowFast(nn.Module):
+    """A SlowFast whose features are means over space, at the pace of its slow pathway.
+
+    Args:
+        network: made by ``pytorchvideo.models.slowfast.create_slowfast``; its pool and head are
+            replaced.
+        pace: frames of the fast pathway per frame of the slow one.
+    """
+
+    def __init__(self, network: Any, pace: int = 4) -> None:
+        super().__init__()
+        slow = nn.AdaptiveAvgPool3d((None, 1, 1))
+        fast = nn.Sequential(
+            nn.AvgPool3d((pace, 1, 1), (pace, 1, 1)), nn.AdaptiveAvgPool3d((None, 1, 1))
+        )
+        network.blocks[-2].pool = nn.ModuleList([slow, fast])
+        network.blocks[-1] = nn.Identity()
+        self.network, self.pace = network, pace
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features ``(B, C, T / pace)`` of frames ``(B, 3, T, H, W)``."""
+        pooled: Tensor = self.network([frames[:, :, :: self.pace], frames])
+        return pooled.flatten(2)
+
+
+# full size
+
+
+def swin(variant: str, frames: int = 768, pixels: int = 224) -> Backbone:
+    """``swin3d_t``, ``swin3d_s`` or ``swin3d_b`` of torchvision."""
+
+    def build() -> nn.Module:
+        ensure_torchvision()
+        from torchvision.models import video
+
+        return Swin(getattr(video, f"swin3d_{variant}")(weights=None))
+
+    channels = {"t": 768, "s": 768, "b": 1024}[variant]
+    return Backbone("swin", f"swin3d_{variant}", build, channels, 2, frames, pixels)
+
+
+def slowfast(depth: int, frames: int = 768, pixels: int = 224) -> Backbone:
+    """SlowFast 8x8 on a ResNet of 50, 101 or 152 layers."""
+    build = partial(_slowfast, {"model_depth": depth})
+    return Backbone("slowfast", f"SlowFast-R{depth}", build, 2048 + 256, 4, frames, pixels)
+
+
+def _slowfast(options: dict[str, Any]) -> nn.Module:
+    ensure_torchvision()
+    from pytorchvideo.models.slowfast import create_slowfast
+
+    return SlowFast(create_slowfast(**options))
+
+
+# small configurations of the same classes
+
+
+def small_swin(
+    depths: tuple[int, ...] = (2, 4), width: int = 24, frames: int = 128, pixels: int = 32
+) -> Backbone:
+    """A Video Swin of two stages: windows of 8 frames and 4 x 4 patches."""
+
+    def build() -> nn.Module:
+        ensure_torchvision()
+        from torchvision.models.video import SwinTransformer3d
+
+        heads = [2 * 2**stage for stage in range(len(depths))]
+        network = SwinTransformer3d(
+            patch_size=[2, 4, 4], embed_dim=width, depths=[*depths], num_heads=heads,
+            window_size=[8, 4, 4], mlp_ratio=2.0, stochastic_depth_prob=0.1,
+        )  # fmt: skip
+        return Swin(network)
+
+    channels = width * 2 ** (len(depths) - 1)
+    words = f"Video Swin of {'+'.join(map(str, depths))} blocks, width {width}"
+    return Backbone("swin", words, build, channels, 2, frames, pixels)
+
+
+def small_slowfast(
+    depth: int = 50, width: int = 8, frames: int = 128, pixels: int = 32
+) -> Backbone:
+    """A SlowFast on a narrow ResNet whose last stage keeps its resolution."""
+    stages = ((1, 2, 2, 1), (1, 2, 2, 1))
+    options = {
+        "model_depth": depth,
+        "stem_dim_outs": (width, width // 4),
+        "slowfast_channel_reduction_ratio": (4,),
+        "stem_conv_kernel_sizes": ((1, 3, 3), (5, 3, 3)),
+        "stem_pool": (None, None),
+        "stage_spatial_strides": stages,
+    }
+    channels = 32 * width + 8 * width
+    words = f"SlowFast-R{depth} of width {width}"
+    return Backbone("slowfast", words, partial(_slowfast, options), channels, 4, frames, pixels)
