@@ -13,6 +13,7 @@ they are given in, and of two actions overlapped equally the later is taken firs
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,15 +133,15 @@ def average_precision(
 def _ranked(detections: Sequence[Detection]) -> list[Detection]:
     """By falling score."""
     for each in detections:
-        if not np.isfinite((each.start, each.end, each.score)).all():
+        if not all(map(math.isfinite, (each.start, each.end, each.score))):
             raise ValueError(f"a detection is not finite: {each}")
     order = np.argsort([-each.score for each in detections], kind="stable")
     return [detections[index] for index in order]
 
 
-def _right(ranked: Sequence[Detection], truths: Truths, thresholds: Array) -> npt.NDArray[np.bool]:
+def _right(ranked: Sequence[Detection], truths: Truths, thresholds: Array) -> npt.NDArray[np.bool_]:
     """Which detections are true positives, (detections, thresholds)."""
-    right = np.zeros((len(ranked), len(thresholds)), dtype=np.bool)
+    right = np.zeros((len(ranked), len(thresholds)), dtype=np.bool_)
     rows: dict[str, list[int]] = defaultdict(list)
     for row, detection in enumerate(ranked):
         rows[detection.video].append(row)
@@ -151,12 +152,12 @@ def _right(ranked: Sequence[Detection], truths: Truths, thresholds: Array) -> np
     return right
 
 
-def _matched(overlaps: Array, thresholds: Array) -> npt.NDArray[np.bool]:
+def _matched(overlaps: Array, thresholds: Array) -> npt.NDArray[np.bool_]:
     """Which detections of a video take an action, from (detections by rank, actions)."""
-    matched = np.zeros((len(overlaps), len(thresholds)), dtype=np.bool)
+    matched = np.zeros((len(overlaps), len(thresholds)), dtype=np.bool_)
     # Reversed, because the first of equals is what `argmax` finds.
     overlaps = overlaps[:, ::-1]
-    taken = np.zeros((len(thresholds), overlaps.shape[1]), dtype=np.bool)
+    taken = np.zeros((len(thresholds), overlaps.shape[1]), dtype=np.bool_)
     every = np.arange(len(thresholds))
     # Most detections reach no action at all.
     for row in np.flatnonzero((overlaps >= thresholds.min()).any(axis=1)):

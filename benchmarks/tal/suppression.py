@@ -52,7 +52,6 @@ def soft_nms(
             positive or the method unknown.
     """
     segments, scores, labels = _checked(segments, scores, labels)
-    _factors(np.zeros(0), method, sigma, threshold)
     kept: list[int] = []
     rest = np.flatnonzero(scores >= least)
     while rest.size and len(kept) < most:
