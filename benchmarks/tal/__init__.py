@@ -1,0 +1,1 @@
+"""Temporal action localization, end to end."""
