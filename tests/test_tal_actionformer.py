@@ -82,13 +82,15 @@ def learners(points: Points, segment: tuple[float, float]) -> list[tuple[float, 
 
 def test_centre_sampling_and_ranges_by_hand() -> None:
     points = points_of([32, 16, 8], 4.0)
-    # Six cells about 9: first level, centres within 1.5, farther end nearer than 4.
-    assert learners(points, (6.0, 12.0)) == [(1.0, 8.5), (1.0, 9.5)]
-    # Four cells about 9: those at 7.5 and 10.5 are 1.5 away, inside, and 3.5 from the far end.
-    assert learners(points, (7.0, 11.0)) == [(1.0, 7.5), (1.0, 8.5), (1.0, 9.5), (1.0, 10.5)]
-    # Twelve about 12: second level, within 3 of the centre, the farther end from 4 to below 8.
-    assert learners(points, (6.0, 18.0)) == [(2.0, 11.0), (2.0, 13.0)]
-    # Twenty about 16: third level, within 6, the farther end from 8 on.
+    # Four cells on the first grid: within 1.5 of the centre, the farther end nearer than 4.
+    fine = [(1.0, 7.5), (1.0, 8.5), (1.0, 9.5), (1.0, 10.5)]
+    assert learners(points, (7.25, 10.75)) == fine
+    # Of a longer one the outer two are too far from an end, which the second grid sees well.
+    both = [(1.0, 8.5), (1.0, 9.5), (2.0, 7.0), (2.0, 11.0)]
+    assert learners(points, (6.0, 12.0)) == both
+    # The second grid alone: within 3 of the centre, the farther end from 4 to below 8.
+    assert learners(points, (7.0, 17.0)) == [(2.0, 11.0), (2.0, 13.0)]
+    # The third: within 6, the farther end from 8 on.
     assert learners(points, (6.0, 26.0)) == [(4.0, 10.0), (4.0, 14.0), (4.0, 18.0), (4.0, 22.0)]
 
 
@@ -113,7 +115,7 @@ def test_segments_come_back_from_their_distances() -> None:
     segments = torch.cat([starts, starts + 1 + 40 * torch.rand(30, 1)], 1)
     index, offsets = assign(points, segments, 1.5)
     chosen = index >= 0
-    assert chosen.sum() > 30
+    assert chosen.sum() > 10
     torch.testing.assert_close(decode(points, offsets)[chosen], segments[index[chosen]])
 
 
@@ -211,13 +213,13 @@ def test_the_blocks_of_each_grid_are_rewired() -> None:
     x = torch.randn(2, 12, 16, dtype=torch.float64)
     mask = torch.arange(16) < torch.tensor([[16], [10]])
     # Three blocks of two residuals on the first grid, one on the second.
-    chains = re2fx.explain(model, (x, mask)).chains
+    chains = re2fx.explain(model, (x, mask)).plan.chains
     assert [len(chain) for chain in chains] == [6, 2]
     gradients = []
     for memory in ("reversible", "store"):
         rewired = re2fx.transform(model, (x, mask), memory=memory)  # type: ignore[arg-type]
         model.zero_grad()
-        sum(level.square().sum() for level in rewired(x, mask)[0]).backward()
+        torch.cat(rewired(x, mask)[0], 2).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
 
