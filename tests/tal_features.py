@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def targets_of(actions: list[list[tuple[float, float, int]]]) -> Targets:
 
 
 def fit(
-    model: Localizer, features: Tensor, mask: Tensor, targets: Targets, steps: int, rate: float
+    model: Localizer[Any], features: Tensor, mask: Tensor, targets: Targets, steps: int, rate: float
 ) -> None:
     """Train on one batch, and leave the model in eval mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
@@ -68,7 +70,7 @@ def _recalled(found: Found, segments: Tensor, labels: Tensor, overlap: float) ->
     return bool(hits.any(0).all())
 
 
-def gradients_are_finite(model: Localizer, features: Tensor, mask: Tensor, t: Targets) -> bool:
+def gradients_are_finite(model: Localizer[Any], features: Tensor, mask: Tensor, t: Targets) -> bool:
     """After one backward, with finite losses; every parameter must have a gradient."""
     losses = model.losses(model(features, mask), t)
     losses["total"].backward()

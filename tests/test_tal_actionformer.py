@@ -217,7 +217,7 @@ def test_the_blocks_of_each_grid_are_rewired() -> None:
     assert [len(chain) for chain in chains] == [6, 2]
     gradients = []
     for memory in ("reversible", "store"):
-        rewired = re2fx.transform(model, (x, mask), memory=memory)  # type: ignore[arg-type]
+        rewired = re2fx.transform(model, (x, mask), memory=memory)
         model.zero_grad()
         torch.cat(rewired(x, mask)[0], 2).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -136,6 +136,7 @@ def test_the_graph_branch_is_an_edge_convolution() -> None:
     layer = CrossScaleLayer(4).double()
     x, mask = torch.randn(2, 4, 6, dtype=torch.float64), all_valid(2, 6)
     edges = torch.randint(0, 18, (2, 6, 3))
+    assert layer.own.bias is not None
     weight = torch.cat([layer.own.weight, layer.other.weight], 1).squeeze(-1)
     both = torch.cat([x, upsample(x, mask)], 2)
     result = layer.graph(x, mask, edges, stitched=False)
@@ -336,7 +337,7 @@ def test_the_layers_of_each_grid_are_rewired() -> None:
     assert [len(chain) for chain in re2fx.explain(model, (x, mask)).plan.chains] == [2, 2, 2]
     gradients = []
     for memory in ("reversible", "store"):
-        rewired = re2fx.transform(model, (x, mask), memory=memory)  # type: ignore[arg-type]
+        rewired = re2fx.transform(model, (x, mask), memory=memory)
         model.zero_grad()
         torch.cat(rewired(x, mask)[0], 2).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -173,8 +173,9 @@ class ActionFormer(Localizer[ActionFormerPredictions]):
     def _best(
         self, segments: tuple[Tensor, ...], scores: tuple[Tensor, ...], length: float, most: int
     ) -> Found:
-        limits = length, self.config.per_level, self.config.threshold
-        parts = [best(*level, *limits) for level in zip(segments, scores, strict=True)]
+        count, least = self.config.per_level, self.config.threshold
+        levels = zip(segments, scores, strict=True)
+        parts = [best(where, what, length, count, least) for where, what in levels]
         return merged(parts, most)
 
     def _points(self, predictions: ActionFormerPredictions) -> Points:

@@ -52,9 +52,9 @@ def band_of(reach: int) -> Tensor:
     return (distance.abs() <= reach).int() + (distance == 0).int()
 
 
-def _around(x: Tensor, reach: int, extra: Tensor | int) -> Tensor:
+def _around(x: Tensor, reach: int, extra: int) -> Tensor:
     """Each block with its two neighbours: ``(..., T)`` to ``(..., blocks, 3 R)``."""
-    return F.pad(x, (reach, reach + extra)).unfold(-1, 3 * reach, reach)  # type: ignore[operator]
+    return F.pad(x, (reach, reach + extra)).unfold(-1, 3 * reach, reach)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

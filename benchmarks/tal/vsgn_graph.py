@@ -50,7 +50,7 @@ def nearest(cells: Tensor, others: Tensor, allowed: Tensor, count: int) -> Tenso
     # Through a matrix product near ties would depend on the padding.
     distance = torch.cdist(*points, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance.masked_fill(~allowed, math.inf)
-    order = distance.argsort(-1, stable=True)[..., :count]
+    order = distance.argsort(dim=-1, stable=True)[..., :count]
     return order.masked_fill(distance.gather(-1, order).isinf(), -1)
 
 
