@@ -17,9 +17,12 @@ from torch.nn import functional as F
 
 from .layers import ChannelNorm, MaskedConv
 
+# Two masks ``(R, 3 R)`` of a block's queries and the keys around them.
+Band = tuple[Tensor, Tensor]
+
 
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int, band: Tensor
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int, band: Band
 ) -> Tensor:
     """Attention within a window.
 
@@ -30,26 +33,27 @@ def local_attention(
         mask: ``(B, T)``, the cells that may be looked at. Every cell may look at itself, so that no
             row of the softmax is empty.
         heads: C is a multiple of it.
-        band: ``(R, 3 R)``, of `band_of`.
+        band: of `band_of`.
 
     Returns:
         ``(B, C, T)``; arbitrary, but finite, where cells are invalid.
     """
-    reach, cells = band.shape[0], q.shape[-1]
+    near, own = band
+    reach, cells = near.shape[0], q.shape[-1]
     extra = -cells % reach
     queries = _heads(F.pad(q, (0, extra)).unflatten(2, (-1, reach)), heads)
     keys, values = (_heads(_around(x, reach, extra), heads) for x in (k, v))
-    seen = _around(mask, reach, extra).unsqueeze(2) & (band > 0) | (band == 2)
+    seen = _around(mask, reach, extra).unsqueeze(2) & near | own
     result = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=seen.flatten(0, 1).unsqueeze(1)
     )
     return _cells(result, q.shape[0])[..., :cells]
 
 
-def band_of(reach: int) -> Tensor:
-    """Which of a block's ``3 R`` keys each of its R queries reaches: 1, itself: 2, not: 0."""
+def band_of(reach: int) -> Band:
+    """Which of a block's ``3 R`` keys each of its R queries reaches, and which is its own."""
     distance = torch.arange(3 * reach) - reach - torch.arange(reach).unsqueeze(1)
-    return (distance.abs() <= reach).int() + (distance == 0).int()
+    return distance.abs() <= reach, distance == 0
 
 
 def _around(x: Tensor, reach: int, extra: int) -> Tensor:
@@ -102,10 +106,14 @@ class LocalAttention(nn.Module):
         self.heads = heads
         self.query, self.key, self.value = (Projection(width) for _ in range(3))
         self.output = nn.Conv1d(width, width, 1)
-        self.band: Tensor
-        self.register_buffer("band", band_of(window // 2), persistent=False)
+        near, own = band_of(window // 2)
+        self.near: Tensor
+        self.own: Tensor
+        self.register_buffer("near", near, persistent=False)
+        self.register_buffer("own", own, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """``(B, C, T)`` and ``(B, T)`` to ``(B, C, T)``."""
         q, k, v = self.query(x, mask), self.key(x, mask), self.value(x, mask)
-        return self.output(local_attention(q, k, v, mask, self.heads, self.band))
+        band = self.near, self.own
+        return self.output(local_attention(q, k, v, mask, self.heads, band))

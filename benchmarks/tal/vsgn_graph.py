@@ -10,8 +10,9 @@ Simplified or changed:
 
 - A layer is a residual, ``x = x + f(x)``, with a norm in front, so that it trains at any depth and
   can be rewired. The paper adds up both branches and ends with a ReLU.
-- The edges of a level are found once, from what enters it, and not anew for each layer. They are an
-  input of its layers, so that recomputing one from reconstructed features cannot change an edge.
+- The edges of a level are found once, from what enters it before its norm, and not anew for each
+  layer. They are an input of its layers and nothing that a layer makes: recomputing a layer from
+  reconstructed features cannot change an edge.
 - Norms are over the channels of a cell, not over time: padding cannot change them.
 """
 
@@ -167,12 +168,13 @@ class CrossScalePyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.stitched = stitched
-        self.stem = ConvNormReLU(channels, width)
+        self.stem = MaskedConv(channels, width)
+        self.down = nn.ModuleList(MaskedConv(width, width, stride=2) for _ in range(levels - 1))
+        self.norms = nn.ModuleList(ChannelNorm(width) for _ in range(levels))
         self.edges = Edges(neighbours)
         self.encoder = nn.ModuleList(
             nn.ModuleList(CrossScaleLayer(width) for _ in range(depth)) for _ in range(levels)
         )
-        self.down = nn.ModuleList(MaskedConv(width, width, stride=2) for _ in range(levels - 1))
         self.up = nn.ModuleList(ConvNormReLU(width, width) for _ in range(levels))
 
     def forward(
@@ -197,12 +199,13 @@ class CrossScalePyramid(nn.Module):
         """What each level's layers made, and its mask."""
         skips: list[Tensor] = []
         masks: list[Tensor] = []
-        for level, layers in enumerate(self.encoder):
+        for level, (layers, norm) in enumerate(zip(self.encoder, self.norms, strict=True)):
             if level:
                 x = self.down[level - 1](x, mask)
                 mask = halved(mask)
                 magnified = None if magnified is None else halved(magnified)
             edges = self.edges(x, mask, magnified)
+            x = norm(x).relu()
             for layer in layers:  # type: ignore[attr-defined]
                 x = layer(x, mask, edges, self.stitched)
             skips.append(x)
