@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -103,6 +105,7 @@ class Trainer:
         model: as given, without what averages its gradients.
         averaged: the moving average of its weights; the model itself without one.
         history: mean losses per epoch.
+        broken: the videos that could not be read, and why.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Trainer:
         self.group, self.training, self.loss = group or Group(), training, loss
         self.model = model.to(self.group.device)
         self.checkpoint, self.history = checkpoint, list[dict[str, float]]()
+        self.broken: dict[str, str] = {}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, {id(p) for p in backbone}, training)
         )
@@ -164,14 +168,22 @@ class Trainer:
         self.model.train()
         sums: dict[str, float] = {}
         count, steps = 0, max(len(loader), 1)
-        for index, batch in enumerate(loader):
-            self._schedule(self.epoch + index / steps)
-            if not batch.empty:
-                for name, value in self._step(wrapped, batch).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                count += 1
-            advance()
+        with self._uneven(wrapped):
+            for index, batch in enumerate(loader):
+                self._schedule(self.epoch + index / steps)
+                if len(batch):
+                    for name, value in self._step(wrapped, batch).items():
+                        sums[name] = sums.get(name, 0.0) + value
+                    count += 1
+                self.broken.update({video.video: video.reason for video in batch.broken})
+                advance()
         return {name: value / max(count, 1) for name, value in sums.items()}
+
+    def _uneven(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """A process whose videos are broken has fewer steps than others, which do not wait."""
+        if isinstance(wrapped, DistributedDataParallel):
+            return Join([wrapped])
+        return nullcontext()
 
     def _step(self, wrapped: nn.Module, batch: Any) -> dict[str, float]:
         device = self.group.device
@@ -252,11 +264,6 @@ def save(state: Any, path: Path) -> None:
     new = path.with_suffix(".new")
     torch.save(state, new)
     new.replace(path)
-
-
-def parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Of several modules."""
-    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def _seed(*numbers: int) -> int:

@@ -1,0 +1,65 @@
+"""Settings by name: the small comparison on rendered videos, and the two data sets of the papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .engine import Training
+from .metrics import ACTIVITYNET, THUMOS
+from .setting import Setting
+
+
+def small(folder: Path) -> Setting:
+    """Rendered digits, on two CPU cores."""
+    return Setting(
+        annotations=folder / "videos" / "annotations.json",
+        videos=folder / "videos" / "videos",
+        clips=folder / "clips" / "clips.json",
+        clip_videos=folder / "clips" / "videos",
+        thresholds=ACTIVITYNET,
+        frames=128,
+        pixels=32,
+        clip_frames=16,
+        pretraining=Training(epochs=12, batch=16, rate=2e-3, backbone_rate=2e-3, workers=1),
+        finetuning=Training(epochs=4, batch=16, rate=1e-3, backbone_rate=1e-3, workers=1),
+        training=Training(epochs=12, batch=4, rate=1e-3, backbone_rate=1e-3, workers=1),
+    )
+
+
+def activitynet(folder: Path) -> Setting:
+    """ActivityNet-1.3 as Re2TAL trains on it: whole videos of 768 frames."""
+    return Setting(
+        annotations=folder / "activity_net.v1-3.min.json",
+        videos=folder / "videos",
+        clips=folder / "kinetics" / "clips.json",
+        clip_videos=folder / "kinetics" / "videos",
+        sampling="resize",
+        frames=768,
+        pixels=224,
+        clip_frames=32,
+        thresholds=ACTIVITYNET,
+        finetuning=Training(epochs=30, batch=8, rate=1e-4, backbone_rate=1e-4, bf16=True),
+        training=Training(epochs=15, batch=2, rate=1e-3, backbone_rate=1e-5, bf16=True),
+    )
+
+
+def thumos(folder: Path) -> Setting:
+    """THUMOS-14: windows of 768 frames at 7.5 frames per second."""
+    return Setting(
+        annotations=folder / "thumos14.json",
+        videos=folder / "videos",
+        clips=folder / "kinetics" / "clips.json",
+        clip_videos=folder / "kinetics" / "videos",
+        sampling="windows",
+        frames=768,
+        pixels=224,
+        rate=7.5,
+        stride=384,
+        clip_frames=32,
+        thresholds=THUMOS,
+        finetuning=Training(epochs=30, batch=8, rate=1e-4, backbone_rate=1e-4, bf16=True),
+        training=Training(epochs=40, batch=2, rate=1e-4, backbone_rate=1e-5, bf16=True),
+    )
+
+
+PRESETS = {"small": small, "activitynet": activitynet, "thumos": thumos}
