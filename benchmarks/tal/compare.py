@@ -1,0 +1,90 @@
+"""The whole comparison: every entry, localizer, backbone and seed, from nothing to one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from .backbones import Backbone, small_slowfast, small_swin
+from .engine import Group
+from .entries import ENTRIES, LOCALIZERS
+from .setting import Setting
+from .stages import Stages, detections_of
+
+Row = dict[str, Any]
+BACKBONES: dict[str, Callable[[], Backbone]] = {"swin": small_swin, "slowfast": small_slowfast}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with what.
+
+    Attributes:
+        setting: the data and the recipe.
+        folder: where every stage puts what it makes.
+        backbones, entries, localizers, seeds: of all of which the product is trained.
+    """
+
+    setting: Setting
+    folder: Path
+    backbones: Sequence[str] = tuple(BACKBONES)
+    entries: Sequence[str] = tuple(ENTRIES)
+    localizers: Sequence[str] = tuple(LOCALIZERS)
+    seeds: Sequence[int] = (0, 1, 2)
+
+    def stages(self, name: str, progress: Progress | None, say: Callable[[str], None]) -> Stages:
+        """The stages of one backbone."""
+        kind = replace(BACKBONES[name](), frames=self.setting.frames, pixels=self.setting.pixels)
+        return Stages(self.setting, kind, self.folder / name, Group.joined(), progress, say)
+
+    def run(self, progress: Progress | None, say: Callable[[str], None]) -> Row:
+        """Whatever is not there yet, and the rows of all."""
+        found: Row = {"classification": [], "localization": []}
+        for backbone in self.backbones:
+            stages = self.stages(backbone, progress, say)
+            found["classification"] += self._classified(backbone, stages)
+            for localizer in self.localizers:
+                for entry in self.entries:
+                    found["localization"].append(self._trained(backbone, stages, localizer, entry))
+        return found
+
+    def _classified(self, backbone: str, stages: Stages) -> list[Row]:
+        """Accuracies on trimmed clips."""
+        rows = []
+        for name in self.entries:
+            entry = ENTRIES[name]
+            if entry.trained:
+                state = torch.load(stages.finetune(entry), weights_only=True)
+                figures = {key: state[key] for key in ("pretrained", "start", "end")}
+                rows.append({"backbone": backbone, "entry": name, **figures})
+        return rows
+
+    def _trained(self, backbone: str, stages: Stages, localizer: str, entry: str) -> Row:
+        """Mean average precisions over seeds."""
+        files = [stages.train(ENTRIES[entry], localizer, seed) for seed in self.seeds]
+        runs = [json.loads(path.read_text()) for path in files]
+        averages = [run["average"] for run in runs]
+        return {
+            "backbone": backbone,
+            "localizer": localizer,
+            "entry": entry,
+            "average": averages,
+            "mean": mean(averages),
+            "deviation": stdev(averages) if len(averages) > 1 else 0.0,
+            "map": {key: mean(run["map"][key] for run in runs) for key in runs[0]["map"]},
+            "seconds": [round(run["seconds"], 1) for run in runs],
+        }
+
+    def shown(self, stages: Stages, localizer: str, seed: int = 0) -> dict[str, Any]:
+        """Detections of all entries, for the picture of a few videos."""
+        return {
+            entry: detections_of(stages.train(ENTRIES[entry], localizer, seed))
+            for entry in self.entries
+        }
