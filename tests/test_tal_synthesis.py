@@ -144,6 +144,21 @@ def test_a_seed_gives_the_same_videos_whatever_else_is_rendered(tmp_path: Path) 
     assert len(set(contents)) == 3
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path, codec: str) -> None:
+    rng = np.random.default_rng([5, 0, 0])
+    digits, _ = script.perform("training", SHORT, rng)
+    frames = scene.draw(digits, SHORT, rng)
+    contents = set()
+    for attempt in range(12):
+        # An encoder that reads what it never wrote finds something else there each time.
+        litter = [np.full(int(size), attempt, np.uint8) for size in rng.integers(500, 9_000, 2_000)]
+        del litter
+        video.encode(tmp_path / "again.mp4", frames, SHORT.rate, codec)
+        contents.add((tmp_path / "again.mp4").read_bytes())
+    assert len(contents) == 1
+
+
 def test_actions_may_overlap_if_asked() -> None:
     overlapping = dataclasses.replace(SHORT, overlap=True, duration=(60.0, 60.0))
     together = 0

@@ -33,9 +33,9 @@ def numbered(number: int) -> NDArray[np.uint8]:
     return np.broadcast_to(255 * bits.repeat(8)[:, None], (32, 48, 3)).astype(np.uint8)
 
 
-def record(path: Path, codec: str, first: int = 0) -> Path:
+def record(path: Path, codec: str, first: int = 0, **options: str) -> Path:
     """Write frames that show their number, the first at ``first / RATE``."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, RATE)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         stream.gop_size, stream.thread_count = GOP, 1
@@ -145,6 +145,30 @@ def test_a_reader_jumps_over_what_nobody_asked_for(folder: Path, name: str) -> N
     assert decoded <= 2 + GOP + 2
 
 
+def test_a_reader_jumps_far_where_it_knows_no_keyframes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert counted(folder / "h264.mkv", [0.0, 6.5]) == (54, 0)
+    monkeypatch.setattr(video, "FAR", 4.0)
+    decoded, jumps = counted(folder / "h264.mkv", [0.0, 6.5])
+    assert jumps == 1
+    assert decoded <= 2 + GOP + 2
+
+
+def test_a_jump_that_leads_too_far_is_taken_back(folder: Path) -> None:
+    class Overshooting(Counting):
+        def seek(self, target: int, stream: Any) -> None:
+            super().seek(target + round(2.5 / stream.time_base), stream=stream)
+
+    with av.open(str(folder / "h264.mp4")) as container:
+        counting = Overshooting(container)
+        reader = video._Reader(folder, counting, container.streams.video[0])
+        frame = reader.at(4.0)
+        assert frame.pts * frame.time_base == 4
+    # To 6.5 s, 5.5 s and 3.5 s, and on from the keyframe before.
+    assert counting.jumps == 3
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_reader_decodes_no_frame_twice(folder: Path, name: str) -> None:
     assert counted(folder / name, [number / RATE for number in range(COUNT)]) == (COUNT, 0)
@@ -213,6 +237,18 @@ def test_a_video_that_ends_early_is_read_up_to_there(folder: Path, tmp_path: Pat
     assert numbers(video.decode(path, [0.0, 1.0])) == [0, 8]
     with pytest.raises(video.VideoError, match=r"ends at \d\.\d s of 7\.5 s"):
         video.decode(path, [7.0])
+
+
+@pytest.mark.usefixtures("_files_are_closed")
+def test_a_download_that_broke_off_is_read_up_to_there(tmp_path: Path) -> None:
+    path = record(tmp_path / "part.mp4", "libx264", movflags="+faststart")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    assert numbers(video.decode(path, [0.0, 1.0])) == [0, 8]
+    with pytest.raises(video.VideoError, match=r"has no frames near 7\.0 s"):
+        video.decode(path, [7.0])
+    with pytest.raises(video.VideoError):
+        video.decode(path, [number / RATE for number in range(COUNT)])
 
 
 @pytest.mark.usefixtures("_files_are_closed")

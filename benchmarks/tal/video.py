@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
@@ -100,14 +101,15 @@ def decode(path: str | Path, times: Sequence[float], size: tuple[int, int] | Non
     with _opened(path) as (container, stream):
         height, width = size or (stream.height, stream.width)
         frames = np.empty((len(times), height, width, 3), np.uint8)
-        reader = _Reader(path, container, stream)
+        # One for all frames: what it prepares for a size takes longer than a small frame.
+        reader, scaler = _Reader(path, container, stream), VideoReformatter()
         shown, before = None, 0
         for index in order:
             frame = reader.at(times[index])
             if frame is shown:
                 frames[index] = frames[before]
             else:
-                frames[index] = frame.to_ndarray(format="rgb24", width=width, height=height)
+                frames[index] = scaler.reformat(frame, width, height, "rgb24").to_ndarray()
             shown, before = frame, index
     return torch.from_numpy(frames)
 
@@ -122,9 +124,10 @@ class _Reader:
         self.path, self.container, self.stream = path, container, stream
         self.duration = _duration(container, stream)
         self.tick = float(stream.time_base or Fraction(1, av.time_base))
-        self.start = stream.start_time or 0
-        self.early = min(0.5, EARLY / _rate(stream) / self.tick)
-        self.frame, self.following = self._read_on()
+        self.start, self.index = stream.start_time or 0, stream.index_entries
+        self.interval = 1 / _rate(stream) / self.tick
+        self.early = min(0.5, EARLY * self.interval)
+        self.frame, self.following = self._read_on("has no frames")
 
     def at(self, time: float) -> VideoFrame:
         """The frame shown at a time that is not before the last one asked for."""
@@ -138,12 +141,12 @@ class _Reader:
             self._check_end(time)
         return self.frame
 
-    def _read_on(self) -> tuple[VideoFrame, VideoFrame | None]:
-        """The next two frames from wherever the container is."""
+    def _read_on(self, otherwise: str) -> tuple[VideoFrame, VideoFrame | None]:
+        """The next two frames from wherever the container is, or else an error."""
         self.frames = self.container.decode(self.stream)
         first = next(self.frames, None)
         if first is None:
-            raise VideoError(self.path, "has no frames")
+            raise VideoError(self.path, otherwise)
         return first, next(self.frames, None)
 
     def _shown(self, frame: VideoFrame) -> int:
@@ -154,10 +157,12 @@ class _Reader:
 
     def _jump_saves(self, ticks: int) -> bool:
         """Whether a keyframe lies between here and there, as far as is known."""
-        index = self.stream.index_entries
-        if self.following is None or len(index) == 0:
+        if self.following is None:
             return False
-        here = self._shown(self.following)
+        here, index = self._shown(self.following), self.index
+        # To look into the index for a frame that is next takes longer than to decode it.
+        if ticks < here + self.interval or len(index) == 0:
+            return False
         if index[len(index) - 1].timestamp <= here:
             # Matroska's index is not read before it is needed.
             return (ticks - here) * self.tick > FAR
@@ -171,7 +176,8 @@ class _Reader:
         target, back = ticks, math.ceil(1 / self.tick)
         while True:
             self.container.seek(target, stream=self.stream)
-            self.frame, self.following = self._read_on()
+            seconds = (target - self.start) * self.tick
+            self.frame, self.following = self._read_on(f"has no frames near {seconds:.1f} s")
             if self._shown(self.frame) <= ticks or target <= self.start:
                 return
             # Some containers lead to a keyframe that is only decoded by then.
@@ -179,7 +185,7 @@ class _Reader:
 
     def _check_end(self, time: float) -> None:
         """Refuse to show the last frame where the file promises another."""
-        end = (self._shown(self.frame) - self.start) * self.tick + 1 / _rate(self.stream)
+        end = (self._shown(self.frame) - self.start + self.interval) * self.tick
         if time - end > max(SHORT, SHORT_PART * self.duration):
             raise VideoError(self.path, f"ends at {end:.1f} s of {self.duration:.1f} s")
 
