@@ -39,6 +39,11 @@ class Comparison:
     localizers: Sequence[str] = tuple(LOCALIZERS)
     seeds: Sequence[int] = (0, 1, 2)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and reports."""
+        return Group.joined().leads
+
     def stages(self, name: str, progress: Progress | None, say: Callable[[str], None]) -> Stages:
         """The stages of one backbone."""
         kind = replace(BACKBONES[name](), frames=self.setting.frames, pixels=self.setting.pixels)

@@ -12,10 +12,10 @@ from .setting import Setting
 def small(folder: Path) -> Setting:
     """Rendered digits, on two CPU cores."""
     return Setting(
-        annotations=folder / "videos" / "annotations.json",
-        videos=folder / "videos" / "videos",
-        clips=folder / "clips" / "clips.json",
-        clip_videos=folder / "clips" / "videos",
+        annotations=folder / "annotations.json",
+        videos=folder / "videos",
+        clips=folder / "clips.json",
+        clip_videos=folder / "clips",
         thresholds=ACTIVITYNET,
         frames=128,
         pixels=32,

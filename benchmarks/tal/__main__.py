@@ -1,0 +1,198 @@
+"""Temporal action localization with rewired backbones: ``python -m benchmarks.tal STAGE``.
+
+    compare    everything below for all backbones, localizers, ways and seeds, to the result file
+    data       render the videos of the small setting
+    pretrain   train a backbone to name trimmed clips
+    finetune   rewire it and go on for a while
+    extract    the features of all videos, for localizers on fixed features
+    train      a localizer, end to end or on the features, and what it detects
+    evaluate   the mean average precision of detections
+    costs      bytes kept against depth, and step times
+
+Every stage runs those before it that have not run, and goes on where it was interrupted. Start it
+with ``torchrun --nproc-per-node N -m benchmarks.tal ...`` to train on several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.common import progress, write_results
+
+from . import costs
+from .compare import BACKBONES, Comparison
+from .entries import ENTRIES, LOCALIZERS
+from .metrics import evaluate
+from .presets import PRESETS
+from .setting import VALIDATION, Setting
+from .stages import Stages, detections_of
+from .synthesis import render_clips, render_localization
+
+# Videos to train on, videos to search, and clips per class, of the small setting.
+SIZES = (48, 24, 30)
+
+
+def main() -> None:
+    """Command line."""
+    options = _parser().parse_args()
+    setting = adjusted(PRESETS[options.preset](options.folder), options.set)
+    console = Console(stderr=True)
+    comparison = Comparison(
+        setting, options.folder / "runs", options.backbones, options.entries, options.localizers,
+        tuple(range(options.seeds)),
+    )  # fmt: skip
+    warnings.simplefilter("default")
+    leads = comparison.leads
+    with progress() if leads else nullcontext() as bar:
+        STAGES[options.stage](comparison, options, bar, console.print if leads else _silent)
+
+
+def _silent(words: str) -> None:
+    """What the other processes say."""
+
+
+def adjusted(setting: Setting, changes: list[str]) -> Setting:
+    """A setting with values of its own, such as ``training.epochs=3`` or ``frames=256``.
+
+    Raises:
+        SystemExit: there is no such value, or it is of another type.
+    """
+    for change in changes:
+        name, _, text = change.partition("=")
+        outer, _, inner = name.rpartition(".")
+        target = getattr(setting, outer, None) if outer else setting
+        if not hasattr(target, inner) or not text:
+            raise SystemExit(f"--set {change}: the setting has no {name!r}")
+        present = getattr(target, inner)
+        try:
+            value = text == "true" if isinstance(present, bool) else type(present)(text)
+            target = replace(target, **{inner: value})  # type: ignore[type-var]
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"--set {change}: {error}") from None
+        setting = replace(setting, **{outer: target}) if outer else target  # type: ignore[assignment]
+    return setting
+
+
+def rendered(folder: Path, say: Callable[[str], None]) -> None:
+    """The videos of the small setting, unless they are there."""
+    if not (folder / "annotations.json").exists():
+        say(f"rendering videos to {folder}")
+        render_localization(folder, training=SIZES[0], validation=SIZES[1], seed=0)
+    if not (folder / "clips.json").exists():
+        render_clips(folder, per_class=SIZES[2], seed=1)
+
+
+Stage = Callable[[Comparison, Any, Progress | None, Callable[[str], None]], None]
+
+
+def _data(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
+    if options.preset == "small" and comparison.leads:
+        rendered(options.folder, say)
+    for problem in comparison.setting.truth().problems:
+        say(problem)
+
+
+def _each(
+    work: Callable[[Stages, Any], None],
+) -> Stage:
+    """A stage of every backbone that is chosen."""
+
+    def stage(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
+        _data(comparison, options, bar, say)
+        for name in comparison.backbones:
+            work(comparison.stages(name, bar, say), options)
+
+    return stage
+
+
+def _pretrain(stages: Stages, options: Any) -> None:
+    stages.pretrain()
+
+
+def _finetune(stages: Stages, options: Any) -> None:
+    for name in options.entries:
+        if ENTRIES[name].trained:
+            stages.finetune(ENTRIES[name])
+
+
+def _extract(stages: Stages, options: Any) -> None:
+    for subset in ("training", VALIDATION):
+        stages.features(subset)
+
+
+def _train(stages: Stages, options: Any) -> None:
+    for localizer in options.localizers:
+        for name in options.entries:
+            for seed in range(options.seeds):
+                stages.train(ENTRIES[name], localizer, seed)
+
+
+def _evaluate(stages: Stages, options: Any) -> None:
+    truth, thresholds = stages.setting.truth(), stages.setting.thresholds
+    for path in sorted(stages.folder.glob("*-*-*.json")):
+        scores = evaluate(detections_of(path), truth, VALIDATION, thresholds)
+        told = ", ".join(f"{t:.2f}: {m:.1%}" for t, m in zip(thresholds, scores.map, strict=True))
+        stages.say(f"{path.stem}: average {scores.average:.1%} ({told})")
+
+
+def _costs(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
+    write_results("tal_costs", measured_costs(comparison))
+
+
+def measured_costs(comparison: Comparison) -> dict[str, Any]:
+    """Bytes and step times of the chosen backbones."""
+    return {
+        "small": [row for n in comparison.backbones for row in costs.depths(costs.SMALL[n], fake=False)],
+        "papers": [row for n in comparison.backbones for row in costs.depths(costs.PAPERS[n], fake=True)],
+        "times": {n: costs.step_times(BACKBONES[n](), 4, 5) for n in comparison.backbones},
+    }  # fmt: skip
+
+
+def _compare(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
+    _data(comparison, options, bar, say)
+    found = comparison.run(bar, say)
+    if comparison.leads:
+        write_results("tal", found)
+
+
+STAGES: dict[str, Stage] = {
+    "compare": _compare,
+    "data": _data,
+    "pretrain": _each(_pretrain),
+    "finetune": _each(_finetune),
+    "extract": _each(_extract),
+    "train": _each(_train),
+    "evaluate": _each(_evaluate),
+    "costs": _costs,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.tal", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--folder", type=Path, default=Path("runs/tal"), help="of everything")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES))
+    parser.add_argument("--localizers", nargs="+", choices=LOCALIZERS, default=list(LOCALIZERS))
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="such as training.epochs=3"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
