@@ -1,0 +1,69 @@
+"""What `benchmarks.tal` has found, as the README's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.tables import Data, machine, table
+
+from .entries import ENTRIES, LOCALIZERS
+
+WAYS = {"store": "plain", "checkpoint": "checkpoint per branch", "reversible": "rewired"}
+
+
+def text_tal(data: Data) -> str:
+    """Average mAP per backbone and localizer, and accuracy on clips."""
+    parts = [_localization(data["localization"]), _classification(data["classification"])]
+    return "\n\n".join([*parts, machine(data)])
+
+
+def _localization(rows: Iterable[dict[str, Any]]) -> str:
+    found = {(row["entry"], row["localizer"], row["backbone"]): row for row in rows}
+    places = list(dict.fromkeys(key[1:] for key in found))
+    header = ["average mAP", *(f"{LOCALIZERS[loc].words}, {body}" for loc, body in places)]
+    entries = [name for name in ENTRIES if any(key[0] == name for key in found)]
+    return table(
+        header,
+        [
+            [ENTRIES[name].words, *(_map(found.get((name, *place))) for place in places)]
+            for name in entries
+        ],
+    )
+
+
+def _map(row: dict[str, Any] | None) -> str:
+    return "not run" if row is None else f"{row['mean']:.1%} ({row['deviation']:.1%})"
+
+
+def _classification(rows: Iterable[dict[str, Any]]) -> str:
+    header = ("clips named rightly", "pretrained", "rewired", "finetuned")
+    return table(
+        header,
+        [
+            (
+                f"{row['backbone']}, {ENTRIES[row['entry']].words}",
+                f"{row['pretrained']:.1%}",
+                f"{row['start']:.1%}",
+                f"{row['end']:.1%}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def text_tal_costs(data: Data) -> str:
+    """Bytes kept against depth, at both sizes."""
+    header = (
+        "backbone, frames", "chains", *(f"{name}, MiB" for name in WAYS.values()),
+        *(f"{name}, inside the chains" for name in WAYS.values()),
+    )  # fmt: skip
+    rows = [_kept(row) for row in (*data["small"], *data["papers"])]
+    return f"{table(header, rows)}\n\n{machine(data)}"
+
+
+def _kept(row: dict[str, Any]) -> tuple[str, ...]:
+    sizes = f"{row['words']}, {row['frames']} x {row['pixels']} px"
+    chains = ", ".join(map(str, row["chains"]))
+    bytes_ = [row[part][way] or 0 for part in ("total", "inside") for way in WAYS]
+    return (sizes, chains, *(f"{size / 2**20:,.1f}" for size in bytes_))
