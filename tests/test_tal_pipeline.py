@@ -1,0 +1,167 @@
+"""The pipeline on a set of a few rendered videos: every stage, interrupted runs, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.tal.__main__ import adjusted
+from benchmarks.tal.annotations import read
+from benchmarks.tal.backbones import Backbone, small_slowfast, small_swin
+from benchmarks.tal.compare import Comparison
+from benchmarks.tal.engine import Group, Trainer, Training, parameter_groups, schedule
+from benchmarks.tal.entries import ENTRIES, LOCALIZERS
+from benchmarks.tal.presets import small
+from benchmarks.tal.scene import Rendering
+from benchmarks.tal.setting import Setting
+from benchmarks.tal.stages import Stages, detections_of
+from benchmarks.tal.synthesis import render_clips, render_localization
+from re2fx.zoo.steps import one_thread
+
+ROOT = Path(__file__).parent.parent
+BRIEF = Training(epochs=1, batch=2, warmup=0.5, average=0.5, workers=0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """One thread, and random numbers that go on as if nothing had been drawn."""
+    with one_thread(), torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Two videos to learn from and one to search, of eight seconds each."""
+    folder = tmp_path_factory.mktemp("tal")
+    rendering = Rendering(size=32, duration=(8, 9), clip=2.0)
+    render_localization(folder, training=2, validation=1, seed=0, rendering=rendering)
+    render_clips(folder, per_class=5, seed=1, rendering=replace(rendering, duration=(2, 3)))
+    return replace(
+        small(folder), frames=32, clip_frames=8,
+        pretraining=replace(BRIEF, batch=16), finetuning=replace(BRIEF, batch=16), training=BRIEF,
+    )  # fmt: skip
+
+
+def tiny(family: str) -> Backbone:
+    made = small_swin((2, 2), width=8) if family == "swin" else small_slowfast(width=4)
+    return replace(made, frames=32)
+
+
+def stages_of(setting: Setting, folder: Path, family: str = "swin") -> Stages:
+    return Stages(setting, tiny(family), folder, Group())
+
+
+@pytest.mark.parametrize("family", ["swin", "slowfast"])
+def test_backbones_keep_time(family: str) -> None:
+    backbone = tiny(family)
+    features = backbone.build()(backbone.example(2))
+    assert features.shape == (2, backbone.channels, backbone.frames // backbone.stride)
+
+
+@pytest.fixture(scope="module")
+def pretrained(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    stages_of(setting, folder).pretrain()
+    return folder
+
+
+@pytest.mark.parametrize("localizer", LOCALIZERS)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_way_reaches_detections(
+    setting: Setting, pretrained: Path, entry: str, localizer: str
+) -> None:
+    stages = stages_of(setting, pretrained)
+    done = stages.train(ENTRIES[entry], localizer, seed=0)
+    row = json.loads(done.read_text())
+    (video,) = read(setting.annotations).subset("validation")
+    assert 0 <= row["average"] <= 1
+    found = detections_of(done)
+    assert found
+    assert all(d.video == video.name and 0 <= d.start < d.end <= video.duration for d in found)
+    written = done.stat().st_mtime_ns
+    assert stages.train(ENTRIES[entry], localizer, seed=0).stat().st_mtime_ns == written
+
+
+def test_a_run_goes_on_where_it_was(setting: Setting, pretrained: Path, tmp_path: Path) -> None:
+    """Two epochs at once, and one after the other by two trainers, give the same weights."""
+    stages = stages_of(setting, pretrained)
+    given = replace(setting.training, epochs=2)
+
+    def trained(*stops: int) -> dict[str, Any]:
+        path = tmp_path / f"{len(stops)}.going"
+        for _ in stops:
+            torch.manual_seed(0)
+            model = stages._detector(ENTRIES["re2tal"], "actionformer")
+            trainer = Trainer(model, stages.loss, given, Group(), path)
+            trainer.stop_after = stops[0]
+            trainer.fit(stages.learned(ENTRIES["re2tal"], given))
+        return trainer.model.state_dict()
+
+    once, twice = trained(2), trained(1, 1)
+    assert once.keys() == twice.keys()
+    for name, value in once.items():
+        assert torch.equal(value, twice[name]), name
+
+
+def test_learning_rates_rise_and_fall() -> None:
+    training = Training(epochs=10, warmup=2)
+    rates = [schedule(epoch / 2, training) for epoch in range(21)]
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert (max(rates), rates[-1]) == (1.0, pytest.approx(0.0))
+
+
+def test_vectors_do_not_decay_and_the_backbone_has_its_own_rate() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    body = {id(p) for p in model["body"].parameters()}
+    training = Training(rate=1.0, backbone_rate=0.1, decay=0.5)
+    groups = parameter_groups(model, body, training)
+    found = {(g["rate"], g["weight_decay"]): [p.ndim for p in g["params"]] for g in groups}
+    assert found == {(0.1, 0.5): [2], (0.1, 0.0): [1], (1.0, 0.5): [2], (1.0, 0.0): [1]}
+
+
+def test_values_are_set_by_name() -> None:
+    setting = adjusted(small(Path("x")), ["frames=64", "training.epochs=3", "training.bf16=true"])
+    assert (setting.frames, setting.training.epochs, setting.training.bf16) == (64, 3, True)
+    with pytest.raises(SystemExit, match="no 'training.epoch'"):
+        adjusted(setting, ["training.epoch=3"])
+    with pytest.raises(SystemExit, match="invalid literal"):
+        adjusted(setting, ["frames=many"])
+
+
+def test_two_processes(setting: Setting, tmp_path: Path) -> None:
+    """Started by ``torchrun``: both train, one writes."""
+    folder = setting.annotations.parent
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "benchmarks.tal", "train", "--folder", str(folder), "--backbones", "swin",
+        "--entries", "re2tal", "--localizers", "actionformer", "--seeds", "1", "--set",
+        "frames=32", "clip_frames=8", *(f"{stage}.epochs=1" for stage in
+        ("pretraining", "finetuning", "training")),
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "runs" / "swin" / "actionformer-re2tal-0.json").exists()
+
+
+def test_a_comparison_has_a_row_for_each_way(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.tal.compare.BACKBONES", {"swin": lambda: tiny("swin")})
+    comparison = Comparison(
+        setting, tmp_path, ["swin"], ["fixed", "original"], ["actionformer"], [0]
+    )
+    found = comparison.run(None, lambda words: None)
+    assert [row["entry"] for row in found["localization"]] == ["fixed", "original"]
+    assert [row["entry"] for row in found["classification"]] == ["original"]
