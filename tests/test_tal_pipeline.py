@@ -19,6 +19,7 @@ from benchmarks.tal.__main__ import adjusted
 from benchmarks.tal.annotations import read
 from benchmarks.tal.backbones import Backbone, small_slowfast, small_swin
 from benchmarks.tal.compare import Comparison
+from benchmarks.tal.detector import detector_loss
 from benchmarks.tal.engine import Group, Trainer, Training, parameter_groups, schedule
 from benchmarks.tal.entries import ENTRIES, LOCALIZERS
 from benchmarks.tal.presets import small
@@ -99,15 +100,14 @@ def test_a_run_goes_on_where_it_was(setting: Setting, pretrained: Path, tmp_path
 
     def trained(*stops: int) -> dict[str, Any]:
         path = tmp_path / f"{len(stops)}.going"
-        for _ in stops:
+        for stop in stops:
             torch.manual_seed(0)
-            model = stages._detector(ENTRIES["re2tal"], "actionformer")
-            trainer = Trainer(model, stages.loss, given, Group(), path)
-            trainer.stop_after = stops[0]
-            trainer.fit(stages.learned(ENTRIES["re2tal"], given))
+            model = stages.detector(ENTRIES["re2tal"], "actionformer")
+            trainer = Trainer(model, detector_loss, given, Group(), path)
+            trainer.fit(stages.learned(ENTRIES["re2tal"], given), until=stop)
         return trainer.model.state_dict()
 
-    once, twice = trained(2), trained(1, 1)
+    once, twice = trained(2), trained(1, 2)
     assert once.keys() == twice.keys()
     for name, value in once.items():
         assert torch.equal(value, twice[name]), name

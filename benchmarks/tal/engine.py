@@ -140,23 +140,31 @@ class Trainer:
         """How many epochs are done."""
         return len(self.history)
 
-    def fit(self, loader: Any, progress: Progress | None = None, words: str = "") -> None:
+    def fit(
+        self,
+        loader: Any,
+        progress: Progress | None = None,
+        words: str = "",
+        until: int | None = None,
+    ) -> None:
         """Train for the epochs that are left.
 
         Args:
             loader: batches; ``set_epoch`` is called before each epoch.
             progress: shows how far it is.
             words: what to call it there.
+            until: the epoch to stop behind; the last one by default.
         """
         wrapped = self.group.wrapped(self.model)
-        left = self.training.epochs - self.epoch
+        last = self.training.epochs if until is None else min(until, self.training.epochs)
+        left = last - self.epoch
         bar = progress.add_task(words, total=max(left, 0) * len(loader)) if progress else None
 
         def advance() -> None:
             if progress is not None and bar is not None:
                 progress.advance(bar)
 
-        while self.epoch < self.training.epochs:
+        while self.epoch < last:
             torch.manual_seed(_seed(self.training.seed, self.epoch, self.group.rank))
             loader.set_epoch(self.epoch)
             self.history.append(self._run(wrapped, loader, advance))

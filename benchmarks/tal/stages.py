@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .backbones import Backbone
-from .batches import Batch
+from .batches import Batch, Loader
 from .detector import Detector, detect, detector_loss
 from .engine import Group, Trainer, Training, save
 from .entries import ENTRIES, LOCALIZERS, Classifier, Entry
@@ -127,19 +127,19 @@ class Stages:
         if not done.exists():
             training = replace(self.setting.training, seed=seed)
             torch.manual_seed(seed)
-            model = self._detector(entry, localizer)
+            model = self.detector(entry, localizer)
             trainer = Trainer(
                 model, detector_loss, training, self.group, done.with_suffix(".going"),
                 model.backbone.parameters(),
             )  # fmt: skip
             start = time.perf_counter()
-            loader = batches(self._learned(entry, seed), training, self.group)
+            loader = self.learned(entry, training)
             trainer.fit(loader, self.progress, f"{LOCALIZERS[localizer].words}, {entry.words}")
             seconds = time.perf_counter() - start
             self._search(trainer.averaged, entry, done, seconds, trainer.history)
         return done
 
-    def _detector(self, entry: Entry, localizer: str) -> Detector:
+    def detector(self, entry: Entry, localizer: str) -> Detector:
         """A new localizer on the backbone, or on its features."""
         classes = len(self.setting.truth().labels)
         head = LOCALIZERS[localizer].make(self.backbone.channels, classes)
@@ -162,11 +162,13 @@ class Stages:
             save(extract(backbone, loader, self.group.device), done)
         return done
 
-    def _learned(self, entry: Entry, seed: int) -> Any:
+    def learned(self, entry: Entry, training: Training) -> Loader:
         """What a localizer learns from: videos, or their features."""
         if entry.trained:
-            return self.setting.trained(self.setting.truth(), seed)
-        return FeatureSet.read(self.features("training"))
+            dataset: Any = self.setting.trained(self.setting.truth(), training.seed)
+        else:
+            dataset = FeatureSet.read(self.features("training"))
+        return batches(dataset, training, self.group)
 
     def _searched(self, entry: Entry) -> Any:
         if entry.trained:
