@@ -34,6 +34,7 @@ from re2fx.frames import Frames
 from re2fx.memory_plan import weigh
 
 from .common import RESULTS, advancer, progress, read_results, write_results
+from .frames_tables import HALF
 from .torchvision_shim import ensure_torchvision
 
 ROUNDS = 3
@@ -144,7 +145,7 @@ def measured(subject: Subject, rounds: int, checkpoint: int) -> dict[str, Any]:
     model, x = subject.make()
     ways: dict[str, nn.Module] = {"plain": model}
     with suppress(re2fx.BudgetError):
-        ways["half of checkpoint"] = re2fx.transform(model, x, memory=checkpoint // 2)
+        ways[HALF] = re2fx.transform(model, x, memory=checkpoint // 2)
     ways["lowest"] = re2fx.transform(model, x, memory="lowest")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -156,7 +157,7 @@ def measured(subject: Subject, rounds: int, checkpoint: int) -> dict[str, Any]:
             total(way(x)).backward()
             seconds[name].append(round(time.perf_counter() - start, 4))
     plain = seconds["plain"]
-    return {
+    return {HALF: None} | {
         name: {
             "peak": peaks[name],
             "seconds": own,

@@ -7,6 +7,7 @@ from typing import Any
 from .tables import Data, machine, table
 
 KINDS = ("plain", "checkpoint", "reversed", "checkpoints", "slices", "part by part")
+HALF = "half of checkpoint"
 COLUMNS = (
     "network, input", "plain MiB", "checkpoint per branch", "chains reversed", "and checkpoints",
     "and slices", "and part by part", "plain / lowest", "checkpoint / lowest",
@@ -28,8 +29,13 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     if found:
         ratio = f"{found['plain']['peak'] / found['lowest']['peak']:.1f}"
         time = f"{found['lowest']['over_plain']:.2f}x"
-        planned = found.get("half of checkpoint")
-        half = f"{planned['over_plain']:.2f}x" if planned else "not as low"
+        half = _half(found)
     sizes = (f"{peak / 2**20:,.0f}" for peak in peaks.values())
     ratios = f"{plain / lowest:.1f}", f"{checkpoint / lowest:.1f}"
     return (model["words"], *sizes, *ratios, ratio, time, half)
+
+
+def _half(found: dict[str, Any]) -> str:
+    if HALF not in found:
+        return "not run"
+    return f"{found[HALF]['over_plain']:.2f}x" if found[HALF] else "not as low"
