@@ -24,8 +24,8 @@ from re2fx.zoo.steps import one_thread as one_thread
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ensure_torchvision()
-    import timm
-    import torchvision
+    import timm as timm
+    import torchvision as torchvision
     from pytorchvideo.models.slowfast import create_slowfast
 
 Sizes: TypeAlias = tuple[tuple[int, ...], ...]

@@ -71,7 +71,7 @@ class Annotations:
     def without_repeats(self, tolerance: float = 1e-3) -> Annotations:
         """With one of the actions that have the same label, start and end.
 
-        ActionFormer and OpenTAD train and evaluate so; the official evaluation does not.
+        OpenTAD evaluates so; the official evaluation does not.
 
         Args:
             tolerance: how many seconds apart two starts, or two ends, are still the same.
