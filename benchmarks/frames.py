@@ -6,8 +6,8 @@ weights. Of each the highest memory above parameters, their gradients and inputs
 - predicted on fake tensors: plain, with ``torch.utils.checkpoint`` around every rewired branch, and
   rewired with one kind of frame more each time: chains reversed, the rest checkpointed, branches
   in slices, the largest frames brought back part by part (``memory="lowest"``)
-- measured by `re2fx.peak`, and the seconds of a step in rounds, for plain and lowest, where the
-  plain step fits the machine
+- measured by `re2fx.peak`, and the seconds of a step in rounds, where the plain step fits the
+  machine: plain, planned to half of what the checkpoints take, and lowest
 
 GPT-2 has a vocabulary of 4,096 besides its own: the dense gradient of 50,257 word vectors is larger
 than all that its blocks need, in plain training too.
@@ -19,6 +19,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ from re2fx.frames import Frames
 from re2fx.memory_plan import weigh
 
 from .common import RESULTS, advancer, progress, read_results, write_results
+from .frames_tables import HALF
 from .torchvision_shim import ensure_torchvision
 
 ROUNDS = 3
@@ -131,14 +133,20 @@ def force(rev: Any, frames: Frames) -> None:
     variant.programs.pop(True, None)
 
 
-def measured(subject: Subject, rounds: int) -> dict[str, Any]:
-    """Highest memory and seconds of a step: plain and lowest."""
+def measured(subject: Subject, rounds: int, checkpoint: int) -> dict[str, Any]:
+    """Highest memory and seconds of a step: plain, at half of a checkpoint's peak, and lowest.
+
+    Args:
+        subject: the network.
+        rounds: of steps, one of each way in turn.
+        checkpoint: the peak with a checkpoint around every rewired branch.
+    """
     torch.manual_seed(0)
     model, x = subject.make()
-    ways: dict[str, nn.Module] = {
-        "plain": model,
-        "lowest": re2fx.transform(model, x, memory="lowest"),
-    }
+    ways: dict[str, nn.Module] = {"plain": model}
+    with suppress(re2fx.BudgetError):
+        ways[HALF] = re2fx.transform(model, x, memory=checkpoint // 2)
+    ways["lowest"] = re2fx.transform(model, x, memory="lowest")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     peaks = {name: _peak(way, x) for name, way in ways.items()}
@@ -149,7 +157,7 @@ def measured(subject: Subject, rounds: int) -> dict[str, Any]:
             total(way(x)).backward()
             seconds[name].append(round(time.perf_counter() - start, 4))
     plain = seconds["plain"]
-    return {
+    return {HALF: None} | {
         name: {
             "peak": peaks[name],
             "seconds": own,
@@ -183,7 +191,8 @@ def main() -> None:
             subject = SUBJECTS[name]
             row: dict[str, Any] = {"words": subject.words, "predicted": predicted(subject)}
             if not options.predict and row["predicted"]["plain"]["peak"] <= FITS:
-                row["measured"] = measured(subject, options.rounds)
+                checkpoint = row["predicted"]["checkpoint"]["peak"]
+            row["measured"] = measured(subject, options.rounds, checkpoint)
             known[name] = row
             write_results("frames", {"models": {n: known[n] for n in SUBJECTS if n in known}})
             peaks = {kind: step["peak"] / 2**20 for kind, step in row["predicted"].items()}

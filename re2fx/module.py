@@ -26,6 +26,7 @@ from .plan import Plan
 from .program import recording
 from .rewired import History as History
 from .rewired import Rewired as Rewired
+from .state import put_back_on_error
 from .tracing import holds, refuse_guard, register, traced_for_re2fx
 from .variants import Executors as Executors
 from .variants import Recipe, Variant, capture_again
@@ -364,12 +365,13 @@ class RewiredModule(GraphModule):
         if reversible and is_planned(self._memory) and not _transforming():
             self._framed(variant, inputs)
         how = (self.training, self._live._model, self._executors)
-        if self._guard is not None and reversible:
-            with self._guard.watch(self):
+        with put_back_on_error():
+            if self._guard is not None and reversible:
+                with self._guard.watch(self):
+                    return variant.program(*how).run(self._live, inputs)
+            if recording() or reversible:
                 return variant.program(*how).run(self._live, inputs)
-        if recording() or reversible:
-            return variant.program(*how).run(self._live, inputs)
-        return variant.function(*how)(self._live, *inputs)
+            return variant.function(*how)(self._live, *inputs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move the graphs' constants along with the members; their dtypes stay."""

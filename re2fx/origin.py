@@ -24,6 +24,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _DYNAMO = os.path.join(_TORCH, "_dynamo") + os.sep
 _CONVERT = os.path.join(_DYNAMO, "convert_frame.py")
 _ENTRY = os.path.join(_DYNAMO, "eval_frame.py")
+_OWN = os.path.dirname(__file__) + os.sep
 # Names in the code that Dynamo writes in place of a function's own.
 _COMPILED = ("__compiled_fn", "__resume_at")
 _MODULES = os.path.join(_TORCH, "nn", "modules") + os.sep
@@ -125,7 +126,8 @@ def additions_in(frames: Iterable[FrameType]) -> Iterator[str]:
     """Where functions that Python runs as they were written add two values."""
     for frame in frames:
         code = frame.f_code
-        if any(name.startswith(_COMPILED) for name in code.co_names):
+        written = any(name.startswith(_COMPILED) for name in code.co_names)
+        if written or code.co_filename.startswith(_OWN):
             continue
         lines = dict(dis.findlinestarts(code))
         line, before = code.co_firstlineno, ""

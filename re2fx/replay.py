@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import ReplayError
 from .observers import Observers
-from .state import allow_attention_kernels, attention_kernels
+from .state import allow_attention_kernels, attention_kernels, autocast_put_back
 
 BATCH_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
@@ -267,6 +267,7 @@ class Ambient:
         swapped: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor | None]] = []
         with ExitStack() as stack:
             stack.enter_context(self.observers.left_out())
+            stack.enter_context(autocast_put_back())
             for autocast in self.autocasts:
                 stack.enter_context(autocast.restored(cache=autocast.cache and record))
             try:

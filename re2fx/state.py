@@ -24,6 +24,7 @@ _PLUMBING = tuple(
         ("contextlib.py",),
     )
 )  # fmt: skip
+_KINDS = ("cpu", "cuda")
 Stop = Callable[[str], Exception]
 
 
@@ -31,8 +32,7 @@ def _autocast() -> tuple[Any, ...]:
     # An inner autocast that changes nothing here may change something in a caller's autocast.
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    kinds = ("cpu", "cuda")
-    states = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+    states = [(torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in _KINDS]
     return depth, torch.is_autocast_cache_enabled(), states
 
 
@@ -49,6 +49,10 @@ def _dispatch_modes() -> tuple[int, Any]:
 @_disable_dynamo
 def attention_kernels() -> tuple[Any, ...]:
     """Which kernels of attention are allowed, and in which order they are preferred."""
+    return _kernels()
+
+
+def _kernels() -> tuple[Any, ...]:
     core: Any = torch._C
     return (
         core._get_cudnn_sdp_enabled(),
@@ -124,24 +128,79 @@ class State:
         return None
 
 
+class Settings:
+    """How torch is set now, to set it back."""
+
+    def __init__(self) -> None:
+        self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        self._device, self._kernels = _device.CURRENT_DEVICE, attention_kernels()
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
+        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        self._autocast = _autocast()
+
+    def restore(self) -> None:
+        """Set everything back."""
+        torch._C._set_grad_enabled(self._grad)
+        torch.set_default_dtype(self._dtype)
+        if _device.CURRENT_DEVICE is not self._device:
+            torch.set_default_device(self._device)
+        if attention_kernels() != self._kernels:
+            allow_attention_kernels(self._kernels)
+        if torch.are_deterministic_algorithms_enabled() != self._deterministic:
+            torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warn_only)
+        _leave_autocast(self._autocast)
+
+
+def _leave_autocast(before: tuple[Any, ...]) -> None:
+    """End the regions that were entered since."""
+    if _autocast() == before:
+        return
+    depth, cache, states = before
+    while _autocast()[0] > depth:
+        torch.autocast_decrement_nesting()
+    torch.set_autocast_cache_enabled(cache)
+    for kind, (enabled, dtype) in zip(_KINDS, states, strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+    if depth == 1:
+        torch.clear_autocast_cache()
+
+
 @contextmanager
 def put_back() -> Iterator[None]:
     """What a forward sets and a stopped trace does not set back, is set back."""
-    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    device, kernels = _device.CURRENT_DEVICE, attention_kernels()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings = Settings()
     try:
         yield
     finally:
-        torch._C._set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        if _device.CURRENT_DEVICE is not device:
-            torch.set_default_device(device)
-        if attention_kernels() != kernels:
-            allow_attention_kernels(kernels)
-        if torch.are_deterministic_algorithms_enabled() != deterministic:
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        settings.restore()
+
+
+@contextmanager
+def put_back_on_error() -> Iterator[None]:
+    """Where something raises, what the operations of a graph have set is set back.
+
+    In the given model a ``with`` would have done that.
+    """
+    before = torch.is_grad_enabled(), _kernels(), _autocast()
+    try:
+        yield
+    except BaseException:
+        torch._C._set_grad_enabled(before[0])
+        if _kernels() != before[1]:
+            allow_attention_kernels(before[1])
+        _leave_autocast(before[2])
+        raise
+
+
+@contextmanager
+def autocast_put_back() -> Iterator[None]:
+    """Regions of autocast that a rerun enters and, stopped early, does not leave, are left."""
+    before = _autocast()
+    try:
+        yield
+    finally:
+        _leave_autocast(before)
 
 
 class _Generator:

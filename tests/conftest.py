@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,16 @@ import pytest
 from re2fx.state import READERS, State
 
 WATCHED = tuple(name for name in READERS if name != "random seed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_left_alone() -> None:
+    """A collection looks at what a module's tests have made, not at all that was there before.
+
+    Peaks are measured behind a collection, which takes seconds once libraries are loaded.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

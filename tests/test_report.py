@@ -329,16 +329,16 @@ from benchmarks.torchvision_shim import ensure_torchvision
 ensure_torchvision()
 import transformers
 config = transformers.GPT2Config(
-    n_layer=40, n_embd=1600, n_head=25, bos_token_id=0, eos_token_id=0
+    n_layer=20, n_embd=1600, n_head=25, bos_token_id=0, eos_token_id=0
 )
 with torch.device("meta"):
     model = transformers.GPT2LMHeadModel(config).train()
-    ids = torch.zeros(8, 1024, dtype=torch.long)
+    ids = torch.zeros(16, 1024, dtype=torch.long)
 inputs = dict(input_ids=ids, labels=ids, use_cache=False)
 """
 
 
-@pytest.mark.parametrize("build", [VIDEO, LANGUAGE], ids=["video swin-b", "gpt2 xl of 40 layers"])
+@pytest.mark.parametrize("build", [VIDEO, LANGUAGE], ids=["video swin-b", "gpt2 xl of 20 layers"])
 def test_models_larger_than_the_machine(build: str) -> None:
     """The process grows by less than 500 MiB at its highest, and it takes less than a minute."""
     code = CHILD.format(root=str(ROOT), build=build)

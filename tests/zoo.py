@@ -24,8 +24,8 @@ from re2fx.zoo.steps import one_thread as one_thread
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ensure_torchvision()
-    import timm
-    import torchvision
+    import timm as timm
+    import torchvision as torchvision
     from pytorchvideo.models.slowfast import create_slowfast
 
 Sizes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -127,16 +127,16 @@ def _timm(name: str, small: dict[str, Any] | None = None, **options: Any) -> Ani
 
 
 def _slowfast(name: str, depth: int) -> Animal:
-    # The slow pathway reads every fourth frame; five halvings leave 2x2 of 48x48 pixels.
+    # The slow pathway reads every fourth frame; five halvings leave one of 32x32 pixels.
     return Animal(
         name,
         lambda: create_slowfast(
             model_depth=depth,
             model_num_class=CLASSES,
-            head_pool_kernel_sizes=((2, 2, 2), (8, 2, 2)),
+            head_pool_kernel_sizes=((2, 1, 1), (8, 1, 1)),
         ),
         lambda: create_slowfast(model_depth=depth),
-        ((2, 3, 2, 48, 48), (2, 3, 8, 48, 48)),
+        ((2, 3, 2, 32, 32), (2, 3, 8, 32, 32)),
         ((1, 3, 8, 224, 224), (1, 3, 32, 224, 224)),
     )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import re2fx
+from re2fx.state import State
 from tests.reference import Step, run_chain
 
 from .common import RE2TAL, Function, Layers, X, layers, lengths, rules
@@ -52,6 +53,14 @@ def half(m: Any, x: Tensor, f: Function) -> Tensor:
     return m.d(h.to(x.dtype))
 
 
+def half_in_the_end(m: Any, x: Tensor, f: Function) -> Tensor:
+    """What it saves last it saves there: a rerun ends inside."""
+    h = m.d(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = f(h)
+    return h.to(x.dtype)
+
+
 def never_half(m: Any, x: Tensor, f: Function) -> Tensor:
     h = m.d(x)
     with torch.autocast("cpu", enabled=False):
@@ -63,7 +72,8 @@ def mapped(m: Any, x: Tensor, f: Function) -> Tensor:
     return torch.vmap(lambda row: torch.tanh(f(row)))(m.d(x))
 
 
-BRANCHES: list[Branch] = [gate, gate_first, gate_in_gate, half, never_half, mapped]
+HALF = (half, half_in_the_end)
+BRANCHES: list[Branch] = [gate, gate_first, gate_in_gate, *HALF, never_half, mapped]
 
 
 def blocks(branch: Branch) -> Callable[[Any, Tensor], Any]:
@@ -95,7 +105,7 @@ def test_in_a_branch(branch: Branch) -> None:
     rev: Any = re2fx.transform(model, x, capture="dynamo")
     assert (lengths(rev.plan), rules(rev.plan)) == ([3], {}), str(rev.plan)
     expected = gradients(model, by_hand(model, branch, x))
-    close = 0.02 if branch is half else 1e-5
+    close = 0.02 if branch in HALF else 1e-5
     for rev.memory in ("store", "reversible"):
         found = gradients(model, rev(x))
         for a, b in zip(found, expected, strict=True):
@@ -109,7 +119,22 @@ def test_compiled(branch: Branch) -> None:
     run = torch.compile(model, backend="re2fx", fullgraph=True, options=options)
     expected = gradients(model, by_hand(model, branch, x))
     for a, b in zip(gradients(model, run(x)), expected, strict=True):
-        assert (a - b).norm() <= (0.02 if branch is half else 1e-5) * b.norm()
+        assert (a - b).norm() <= (0.02 if branch in HALF else 1e-5) * b.norm()
+
+
+@pytest.mark.parametrize("branch", [gate, half, never_half])
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_a_region_is_left_where_something_raises_in_it(branch: Branch, memory: Any) -> None:
+    """As the ``with`` of the model would leave it."""
+    model, x = layers(blocks(branch)).float(), X.float()
+    rev: Any = re2fx.transform(model, x, capture="dynamo", memory=memory)
+    weight, state = model.b.weight, State(("autocast", "gradient mode"))
+    model.b.weight = torch.nn.Parameter(torch.randn(8, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        rev(x)
+    assert state.changed() is None
+    model.b.weight = weight
+    gradients(model, rev(x))
 
 
 def test_around_the_blocks() -> None:
