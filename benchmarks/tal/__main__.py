@@ -69,16 +69,17 @@ def adjusted(setting: Setting, changes: list[str]) -> Setting:
     for change in changes:
         name, _, text = change.partition("=")
         outer, _, inner = name.rpartition(".")
-        target = getattr(setting, outer, None) if outer else setting
+        target: Any = getattr(setting, outer, None) if outer else setting
         if not hasattr(target, inner) or not text:
             raise SystemExit(f"--set {change}: the setting has no {name!r}")
         present = getattr(target, inner)
         try:
             value = text == "true" if isinstance(present, bool) else type(present)(text)
-            target = replace(target, **{inner: value})  # type: ignore[type-var]
+            target = replace(target, **{inner: value})
         except (TypeError, ValueError) as error:
             raise SystemExit(f"--set {change}: {error}") from None
-        setting = replace(setting, **{outer: target}) if outer else target  # type: ignore[assignment]
+        changed: dict[str, Any] = {outer: target}
+        setting = replace(setting, **changed) if outer else target
     return setting
 
 
@@ -150,11 +151,14 @@ def _costs(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], 
 
 def measured_costs(comparison: Comparison) -> dict[str, Any]:
     """Bytes and step times of the chosen backbones."""
+    chosen = comparison.backbones
+    small = [backbone for name in chosen for backbone in costs.SMALL[name]]
+    papers = [backbone for name in chosen for backbone in costs.PAPERS[name]]
     return {
-        "small": [row for n in comparison.backbones for row in costs.depths(costs.SMALL[n], fake=False)],
-        "papers": [row for n in comparison.backbones for row in costs.depths(costs.PAPERS[n], fake=True)],
-        "times": {n: costs.step_times(BACKBONES[n](), 4, 5) for n in comparison.backbones},
-    }  # fmt: skip
+        "small": costs.depths(small, fake=False),
+        "papers": costs.depths(papers, fake=True),
+        "times": {name: costs.step_times(BACKBONES[name](), 4, 5) for name in chosen},
+    }
 
 
 def _compare(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from .annotations import Video  # noqa: E402
-from .entries import ENTRIES, LOCALIZERS  # noqa: E402
-from .metrics import Detection  # noqa: E402
-from .tables import WAYS  # noqa: E402
+from .annotations import Video
+from .entries import ENTRIES, LOCALIZERS
+from .metrics import Detection
+from .tables import WAYS
 
 
 def plot_map(data: dict[str, Any], path: Path) -> None:
@@ -83,7 +83,7 @@ def plot_timelines(
         path: where to write the picture.
         best: detections shown per video and way.
     """
-    colours = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))
     figure, axes = plt.subplots(len(videos), 1, figsize=(9, 1.6 * len(videos)), squeeze=False)
     for axis, video in zip(axes[:, 0], videos, strict=True):
         _line(axis, 0, [(a.start, a.end, a.label, 1.0) for a in video.actions], colours)

@@ -1,4 +1,4 @@
-"""Settings by name: the small comparison on rendered videos, and the two data sets of the papers."""
+"""Settings by name: the small comparison on rendered videos, and the data sets of the papers."""
 
 from __future__ import annotations
 

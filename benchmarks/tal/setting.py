@@ -64,14 +64,14 @@ class Setting:
         """The training videos as a localizer learns from them."""
         return self._shown(annotations, "training", None, seed)
 
-    def _shown(self, annotations: Annotations, subset: str, stride: int | None, seed: int) -> Videos:
+    def _shown(
+        self, annotations: Annotations, subset: str, stride: int | None, seed: int
+    ) -> Videos:
         view = View(self.frames, self.pixels)
         given: dict[str, Any] = {"subset": subset, "seed": seed}
         if self.sampling == "resize":
             return ResizedVideos(annotations, self.videos, view, **given)
-        return Windows(
-            annotations, self.videos, view, rate=self.rate, stride=stride, **given
-        )
+        return Windows(annotations, self.videos, view, rate=self.rate, stride=stride, **given)
 
     def trimmed(self, subset: str, labels: Sequence[str] | None = None) -> TrimmedClips:
         """The clips of a subset; those of training are cropped and mirrored at random."""
