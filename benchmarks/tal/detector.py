@@ -124,9 +124,9 @@ def _thinned(
     video: str, parts: Sequence[Found], labels: Sequence[str], kind: Suppression
 ) -> list[Detection]:
     segments, scores, classes = soft_nms(
-        torch.cat([part.segments for part in parts]),
-        torch.cat([part.scores for part in parts]),
-        torch.cat([part.labels for part in parts]),
+        torch.cat([part.segments for part in parts]).numpy(),
+        torch.cat([part.scores for part in parts]).numpy(),
+        torch.cat([part.labels for part in parts]).numpy(),
         sigma=kind.sigma, threshold=kind.threshold, least=kind.least, most=kind.most,
     )  # fmt: skip
     rows = zip(segments.tolist(), scores.tolist(), classes.tolist(), strict=True)
