@@ -128,27 +128,37 @@ class State:
         return None
 
 
-class Settings:
-    """How torch is set now, to set it back."""
+class Switches:
+    """What the operations of a graph switch, as it is now: gradients, attention, autocast."""
 
     def __init__(self) -> None:
-        self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-        self._device, self._kernels = _device.CURRENT_DEVICE, attention_kernels()
-        self._deterministic = torch.are_deterministic_algorithms_enabled()
-        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        self._autocast = _autocast()
+        self._grad, self._kernels, self._autocast = torch.is_grad_enabled(), _kernels(), _autocast()
 
     def restore(self) -> None:
-        """Set everything back."""
+        """Set it back."""
         torch._C._set_grad_enabled(self._grad)
+        if _kernels() != self._kernels:
+            allow_attention_kernels(self._kernels)
+        _leave_autocast(self._autocast)
+
+
+class Settings(Switches):
+    """How torch is set now: what Python may set in a forward, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dtype, self._device = torch.get_default_dtype(), _device.CURRENT_DEVICE
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
+        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def restore(self) -> None:
+        """Set it back."""
+        super().restore()
         torch.set_default_dtype(self._dtype)
         if _device.CURRENT_DEVICE is not self._device:
             torch.set_default_device(self._device)
-        if attention_kernels() != self._kernels:
-            allow_attention_kernels(self._kernels)
         if torch.are_deterministic_algorithms_enabled() != self._deterministic:
             torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warn_only)
-        _leave_autocast(self._autocast)
 
 
 def _leave_autocast(before: tuple[Any, ...]) -> None:
@@ -182,14 +192,11 @@ def put_back_on_error() -> Iterator[None]:
 
     In the given model a ``with`` would have done that.
     """
-    before = torch.is_grad_enabled(), _kernels(), _autocast()
+    switches = Switches()
     try:
         yield
     except BaseException:
-        torch._C._set_grad_enabled(before[0])
-        if _kernels() != before[1]:
-            allow_attention_kernels(before[1])
-        _leave_autocast(before[2])
+        switches.restore()
         raise
 
 

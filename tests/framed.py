@@ -23,7 +23,7 @@ from .situations.harness import Pair, double, example
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ensure_torchvision()
-    import torchvision
+    import torchvision as torchvision
     from transformers import GPT2Config, GPT2LMHeadModel
 
 ENOUGH = 1 << 60  # bytes

@@ -22,7 +22,7 @@ from re2fx.program import RunBlock, Segment
 from re2fx.rerun import Again, watching
 
 from . import programs
-from .framed import MODELS, ConvStages, Mixed, Transformer, force, largest, mixed
+from .framed import MODELS, ConvStages, Mixed, Transformer, force, largest, mixed, torchvision
 from .models import Tapped
 from .situations.harness import compare, double, example, outcome, train
 
@@ -165,6 +165,18 @@ def test_something_is_sliced(name: str) -> None:
     steps = largest(net.rev, *net.inputs).steps
     kinds = {type(s) for s in steps if isinstance(s, (RunBlock, Segment)) and is_sliced(s)}
     assert kinds == {RunBlock, Segment}
+
+
+def test_writes_in_place_do_not_keep_frames_from_being_made() -> None:
+    """A ReLU writes to the sum in front of it: both are in one frame, and nothing is stored."""
+    resnet = torchvision.models.resnet
+    model = resnet.ResNet(resnet.BasicBlock, [3, 3, 1, 1], num_classes=3)
+    x = example(2, 3, 32, 32)
+    net = Mixed.of(double(model), x)
+    steps = largest(net.rev, x).steps
+    ran = [step for step in steps if isinstance(step, Segment) and step.outputs]
+    assert all(step.frame is not None for step in ran)
+    compare(net.choose(), x)
 
 
 def is_sliced(step: RunBlock | Segment) -> bool:

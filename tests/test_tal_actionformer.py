@@ -13,9 +13,8 @@ import re2fx
 from benchmarks.tal.actionformer import ActionFormer, ActionFormerConfig
 from benchmarks.tal.actionformer_targets import Points, assign, decode, points_of
 from benchmarks.tal.local_attention import LocalAttention, band_of, local_attention
-from benchmarks.tal.localizer import Targets
 
-from .tal_features import fit, gradients_are_finite, recalled, targets_of, videos
+from .tal_features import fit, recalled, targets_of, videos
 
 CONFIG = ActionFormerConfig(channels=12, classes=3, width=16, stem=1, levels=3, window=5)
 
@@ -169,33 +168,6 @@ def test_the_losses_by_hand() -> None:
         pytest.approx(2 * 0.5 / count)
     )
     assert model.normaliser.item() == pytest.approx(count)
-
-
-@pytest.mark.parametrize("distance", ["relu", "exp"])
-def test_gradients_are_finite_without_actions_and_with_tiny_ones(distance: str) -> None:
-    torch.manual_seed(0)
-    config = replace(CONFIG, distance=distance)  # type: ignore[arg-type]
-    features = torch.randn(3, 12, 21)
-    mask = torch.arange(21) < torch.tensor([[21], [1], [9]])
-    tiny = targets_of([[(3.2, 3.3, 0), (7.0, 7.0, 1)], [], [(8.0, 9.0, 2)]])
-    none = Targets([torch.zeros(0, 2)] * 3, [torch.zeros(0, dtype=torch.int64)] * 3)
-    for targets in (tiny, none):
-        assert gradients_are_finite(ActionFormer(config), features, mask, targets)
-
-
-def test_detections_are_sorted_clipped_and_few() -> None:
-    torch.manual_seed(0)
-    model = ActionFormer(replace(CONFIG, prior=0.5)).eval()
-    mask = torch.arange(20) < torch.tensor([[20], [7]])
-    found = model.detections(model(torch.randn(2, 12, 20), mask), most=15)
-    assert [len(some.scores) for some in found] == [15, 15]
-    for some, length in zip(found, (20, 7), strict=True):
-        assert (some.scores.diff() <= 0).all()
-        assert some.segments.min() >= 0
-        assert some.segments.max() <= length
-        assert (some.segments[:, 1] > some.segments[:, 0]).all()
-    strict = ActionFormer(replace(CONFIG, prior=0.01, threshold=0.9)).eval()
-    assert len(strict.detections(strict(torch.randn(2, 12, 20), mask))[0].scores) == 0
 
 
 def test_it_can_be_traced_for_any_length() -> None:

@@ -16,7 +16,7 @@ from benchmarks.tal.vsgn_anchors import anchors_of, boundary_targets, decode, en
 from benchmarks.tal.vsgn_graph import CrossScaleLayer, Edges, nearest, upsample
 from benchmarks.tal.vsgn_stitch import Stitching, stitch, unstitch
 
-from .tal_features import fit, gradients_are_finite, recalled, targets_of, videos
+from .tal_features import fit, recalled, targets_of, videos
 
 CONFIG = VSGNConfig(channels=12, classes=3, width=16, levels=3, depth=1, neighbours=4)
 
@@ -294,28 +294,6 @@ def test_boundary_scores_weigh_the_classes() -> None:
     assert found.labels.tolist() == [1]
     assert found.segments.tolist() == [[2.5, 5.5]]
     assert found.scores.item() == pytest.approx(0.5)
-
-
-def test_gradients_are_finite_without_actions_and_with_tiny_ones() -> None:
-    torch.manual_seed(0)
-    features = torch.randn(3, 12, 21)
-    mask = torch.arange(21) < torch.tensor([[21], [1], [9]])
-    tiny = targets_of([[(3.2, 3.3, 0), (7.0, 7.0, 1)], [], [(8.0, 9.0, 2)]])
-    none = Targets([torch.zeros(0, 2)] * 3, [torch.zeros(0, dtype=torch.int64)] * 3)
-    for targets in (tiny, none):
-        assert gradients_are_finite(VSGN(CONFIG), features, mask, targets)
-
-
-def test_detections_are_sorted_clipped_and_few() -> None:
-    torch.manual_seed(0)
-    model = VSGN(replace(CONFIG, prior=0.5)).eval()
-    mask = torch.arange(20) < torch.tensor([[20], [7]])
-    found = model.detections(model(torch.randn(2, 12, 20), mask), most=15)
-    assert [len(some.scores) for some in found] == [15, 15]
-    for some, length in zip(found, (20, 7), strict=True):
-        assert (some.scores.diff() <= 0).all()
-        assert some.segments.min() >= 0
-        assert some.segments.max() <= length
 
 
 def test_it_can_be_traced_for_any_length() -> None:

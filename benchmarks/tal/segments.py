@@ -1,9 +1,12 @@
-"""How far segments of time overlap."""
+"""How far segments of time overlap, for what is no network: arrays in float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from . import losses
 
 Array = npt.NDArray[np.float64]
 
@@ -18,9 +21,9 @@ def tiou(segments: npt.ArrayLike, others: npt.ArrayLike) -> Array:
     Returns:
         (n, m), from 0 to 1; 0 for what is empty or ends before it starts.
     """
-    first = np.asarray(segments, dtype=np.float64).reshape(-1, 1, 2)
-    second = np.asarray(others, dtype=np.float64).reshape(1, -1, 2)
-    ends = np.minimum(first[..., 1], second[..., 1])
-    shared = (ends - np.maximum(first[..., 0], second[..., 0])).clip(min=0)
-    union = (second[..., 1] - second[..., 0]) + (first[..., 1] - first[..., 0]) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
+    first, second = (
+        torch.tensor(np.asarray(given, dtype=np.float64).reshape(-1, 2))
+        for given in (segments, others)
+    )
+    found: Array = losses.tiou(first, second).numpy()
+    return found
