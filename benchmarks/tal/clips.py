@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from .annotations import Annotations, Video
 from .batches import Batch, Broken, Key, Loader, Sample, collate, generator, loader
 from .cuts import Cut, View, find, targets
-from .video import VideoError, decode
+from .video import Memory, VideoError, decode
 
 __all__ = [
     "Batch", "Broken", "Cut", "Loader", "ResizedVideos", "Sample", "TrimmedClips", "Videos",
@@ -59,6 +59,7 @@ class Videos(Dataset[Sample | Broken], ABC):
         seed: int = 0,
     ) -> None:
         self.folder, self.view, self.seed = Path(folder), view, seed
+        self.memory = Memory((view.size, view.size)) if view.remembered else None
         self.labels = tuple(annotations.labels if labels is None else labels)
         self.videos = [video for video in annotations.videos if subset in (None, video.subset)]
 
@@ -99,8 +100,11 @@ class Videos(Dataset[Sample | Broken], ABC):
 
     def read(self, video: Video, cut: Cut) -> Tensor:
         """The frames of a cut, normalised and padded with zeros to (3, T, H, W)."""
-        size = self.view.size
-        pixels = decode(find(self.folder, video.name), cut.times, (size, size))
+        size, path = self.view.size, find(self.folder, video.name)
+        if self.memory is not None:
+            pixels = self.memory.decode(path, cut.times)
+        else:
+            pixels = decode(path, cut.times, (size, size))
         frames = torch.zeros(3, self.view.frames, size, size)
         mean, std = (torch.tensor(values) for values in (self.view.mean, self.view.std))
         frames[:, : cut.length] = ((pixels / 255 - mean) / std).permute(3, 0, 1, 2)

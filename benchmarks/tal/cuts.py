@@ -26,12 +26,15 @@ class View:
         size: height and width in pixels; other shapes are squeezed into it.
         mean: of each colour, of 1.
         std: of each colour, of 1.
+        remembered: whether each process keeps the frames of all videos that it has read, which
+            have to have a constant frame rate; for small sets.
     """
 
     frames: int = 64
     size: int = 32
     mean: tuple[float, float, float] = (0.45, 0.45, 0.45)
     std: tuple[float, float, float] = (0.225, 0.225, 0.225)
+    remembered: bool = False
 
 
 @dataclass(frozen=True)

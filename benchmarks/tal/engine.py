@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Training:
         warmup: epochs of rising learning rates; they fall as a cosine afterwards.
         clip: highest norm of the gradients.
         average: decay of the moving average of the weights, which is what is evaluated; 0 for none.
+            It rises to that with the steps, so that a short run forgets its first weights.
         bf16: whether forwards run under bfloat16 autocast.
         workers: processes that read data, per process that trains.
         seed: of data order, crops, dropout and initial weights.
@@ -126,7 +128,7 @@ class Trainer:
         )
         self._average: AveragedModel | None = None
         if training.average:
-            averaging = get_ema_multi_avg_fn(training.average)
+            averaging = partial(_average_in, training.average)
             self._average = AveragedModel(model, multi_avg_fn=averaging, use_buffers=True)
         self._resume()
 
@@ -264,6 +266,14 @@ def schedule(epoch: float, training: Training) -> float:
         return (epoch + 1e-2) / (training.warmup + 1e-2)
     left = max(training.epochs - training.warmup, 1e-9)
     return 0.5 * (1 + math.cos(math.pi * min((epoch - training.warmup) / left, 1.0)))
+
+
+def _average_in(
+    decay: float, averages: list[Tensor], values: list[Tensor], count: Tensor | int
+) -> None:
+    """Move averages of so many values on; in the beginning about a tenth of these counts."""
+    decay = min(decay, (1 + int(count)) / (10 + int(count)))
+    get_ema_multi_avg_fn(decay)(averages, values, count)
 
 
 def save(state: Any, path: Path) -> None:

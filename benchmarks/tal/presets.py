@@ -17,12 +17,13 @@ def small(folder: Path) -> Setting:
         clips=folder / "clips.json",
         clip_videos=folder / "clips",
         thresholds=ACTIVITYNET,
-        frames=128,
+        frames=96,
         pixels=32,
         clip_frames=16,
-        pretraining=Training(epochs=12, batch=16, rate=2e-3, backbone_rate=2e-3, workers=1),
-        finetuning=Training(epochs=4, batch=16, rate=1e-3, backbone_rate=1e-3, workers=1),
-        training=Training(epochs=12, batch=4, rate=1e-3, backbone_rate=1e-3, workers=1),
+        remembered=True,
+        pretraining=Training(epochs=26, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
+        finetuning=Training(epochs=5, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
+        training=Training(epochs=5, batch=2, rate=1e-3, backbone_rate=1e-3, workers=0),
     )
 
 

@@ -30,6 +30,8 @@ class Rendering:
         clip: length of a trimmed clip, in seconds.
         bystanders: the most digits, besides the two that act, that stand around or jitter.
         overlap: whether both digits may act at the same time.
+        dark: the part of the digits that are darker than the background; others are lighter.
+        texture: contrast of the background, 1 for that of a patchwork, 0 for none.
         drift: speed of the background, in pixels per second.
         jitter: how far a jittering digit strays, standard deviation in pixels.
         shake: how far the camera strays, standard deviation in pixels.
@@ -46,6 +48,8 @@ class Rendering:
     clip: float = 4.0
     bystanders: int = 2
     overlap: bool = False
+    dark: float = 0.5
+    texture: float = 1.0
     drift: float = 1.0
     jitter: float = 0.5
     shake: float = 0.3
@@ -111,8 +115,9 @@ def draw(digits: list[Digit], rendering: Rendering, rng: Generator) -> NDArray[n
 
 def background(frames: int, shaken: Curve, rendering: Rendering, rng: Generator) -> Tensor:
     """A coloured texture that drifts evenly in some direction, as (T, 3, size, size)."""
-    patches = torch.tensor(rng.uniform(0.35, 0.65, (1, 3, PATCHES, PATCHES)), dtype=torch.float32)
-    grains = torch.tensor(rng.normal(0, 0.06, (1, 1, GRAINS, GRAINS)), dtype=torch.float32)
+    shades, grain = rng.uniform(-0.15, 0.15, (1, 3, PATCHES, PATCHES)), (1, 1, GRAINS, GRAINS)
+    patches = torch.tensor(0.5 + rendering.texture * shades, dtype=torch.float32)
+    grains = torch.tensor(rendering.texture * rng.normal(0, 0.06, grain), dtype=torch.float32)
     size = (2 * rendering.size, 2 * rendering.size)
     texture = interpolate(patches, size, mode="bicubic") + interpolate(grains, size, mode="bicubic")
     heading = rng.uniform(0, 2 * np.pi)

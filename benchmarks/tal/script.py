@@ -11,13 +11,14 @@ from sklearn.datasets import load_digits
 
 from .actions import APART, HIGH, LARGE, LOW, MOTIONS, SMALL, TRIALS, Span, Track, possible
 from .annotations import Action
+from .gestures import perform_gesture
 from .scene import Digit, Rendering, colour
 
 TRAINING, VALIDATION = "training", "validation"
 # The first so many of the pictures are for training.
 TRAINING_PICTURES = 1_200
-SHADES = ("light", "dark")
-CLIP_LABELS = tuple(f"{shade} {digit}" for digit in range(10) for shade in SHADES)
+# Digits of a trimmed clip stay between these, in parts of the frame.
+CLIP_LOW, CLIP_HIGH = 0.3, 0.7
 
 # A span and which of the two digits acts in it.
 Turn = tuple[Span, int]
@@ -44,13 +45,8 @@ def perform(
             label = choice(actors[number], span, rng, alone=len(turns) == 1)
             MOTIONS[label](actors[number], actors[1 - number], span, rng)
             actions.append(Action(span.begin / rendering.rate, span.end / rendering.rate, label))
-    behind = [
-        bystander(frames, rendering, rng) for _ in range(rng.integers(rendering.bystanders + 1))
-    ]
-    digits = [
-        Digit(picture(subset, int(rng.integers(10)), rng), colour(rng.random() < 0.5, rng), track)
-        for track in (*behind, *actors)
-    ]
+    tracks = (*others(frames, rendering, rng), *actors)
+    digits = [digit_of(track, subset, rendering, rng) for track in tracks]
     return digits, tuple(actions)
 
 
@@ -103,15 +99,27 @@ def bystander(frames: int, rendering: Rendering, rng: Generator) -> Track:
     return track
 
 
-def drifting(label: str, subset: str, rendering: Rendering, rng: Generator) -> list[Digit]:
-    """One digit of a trimmed clip, which drifts from one place to another the whole time."""
-    shade, digit = label.split()
+def gesturing(label: str, subset: str, rendering: Rendering, rng: Generator) -> list[Digit]:
+    """The digits of a trimmed clip: one that does the same thing all the time, and bystanders."""
     frames = round(rendering.clip * rendering.rate)
-    here, there = place(rng), place(rng)
+    here = rng.uniform(CLIP_LOW, CLIP_HIGH), rng.uniform(CLIP_LOW, CLIP_HIGH)
     track = Track.standing(here, rng.uniform(SMALL, LARGE), frames)
-    for values, a, b in zip((track.x, track.y), here, there, strict=True):
-        values[:] = np.linspace(a, b, frames)
-    return [Digit(picture(subset, int(digit), rng), colour(shade == "light", rng), track)]
+    perform_gesture(label, track, rendering.rate, rng)
+    return [
+        digit_of(each, subset, rendering, rng) for each in (*others(frames, rendering, rng), track)
+    ]
+
+
+def others(frames: int, rendering: Rendering, rng: Generator) -> list[Track]:
+    """A few bystanders or none."""
+    count = rng.integers(rendering.bystanders + 1)
+    return [bystander(frames, rendering, rng) for _ in range(count)]
+
+
+def digit_of(track: Track, subset: str, rendering: Rendering, rng: Generator) -> Digit:
+    """Any digit, light or dark, that follows a track."""
+    image = picture(subset, int(rng.integers(10)), rng)
+    return Digit(image, colour(rng.random() >= rendering.dark, rng), track)
 
 
 @cache

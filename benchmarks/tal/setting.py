@@ -32,6 +32,7 @@ class Setting:
         rate: frames per second of windows and clips.
         stride: frames from one window to the next where videos are searched.
         clip_frames: frames of a clip.
+        remembered: whether decoded videos stay in memory; see `cuts.View`.
         thresholds: tIoU at which the average precision is taken.
         pretraining, finetuning, training: of a backbone on clips, of a rewired backbone on clips,
             of a localizer.
@@ -47,6 +48,7 @@ class Setting:
     rate: float = 8.0
     stride: int = 96
     clip_frames: int = 16
+    remembered: bool = False
     thresholds: tuple[float, ...] = ACTIVITYNET
     pretraining: Training = field(default_factory=Training)
     finetuning: Training = field(default_factory=Training)
@@ -67,7 +69,7 @@ class Setting:
     def _shown(
         self, annotations: Annotations, subset: str, stride: int | None, seed: int
     ) -> Videos:
-        view = View(self.frames, self.pixels)
+        view = View(self.frames, self.pixels, remembered=self.remembered)
         given: dict[str, Any] = {"subset": subset, "seed": seed}
         if self.sampling == "resize":
             return ResizedVideos(annotations, self.videos, view, **given)
@@ -76,8 +78,9 @@ class Setting:
     def trimmed(self, subset: str, labels: Sequence[str] | None = None) -> TrimmedClips:
         """The clips of a subset; those of training are cropped and mirrored at random."""
         learning = subset == "training"
+        view = View(self.clip_frames, self.pixels, remembered=self.remembered)
         return TrimmedClips(
-            read(self.clips), self.clip_videos, View(self.clip_frames, self.pixels),
+            read(self.clips), self.clip_videos, view,
             rate=self.rate, random=learning, flip=False, subset=subset, labels=labels,
         )  # fmt: skip
 

@@ -132,8 +132,8 @@ class Stages:
                 model, detector_loss, training, self.group, done.with_suffix(".going"),
                 model.backbone.parameters(),
             )  # fmt: skip
-            start = time.perf_counter()
             loader = self.learned(entry, training)
+            start = time.perf_counter()
             trainer.fit(loader, self.progress, f"{LOCALIZERS[localizer].words}, {entry.words}")
             seconds = time.perf_counter() - start
             self._search(trainer.averaged, entry, done, seconds, trainer.history)

@@ -1,9 +1,9 @@
 """Untrimmed videos of scikit-learn's digits in action, and trimmed clips to pretrain on.
 
 What is to be found are kinds of motion. Which digit moves, the digits that stand around or jitter,
-the drifting background and the restless camera say nothing about it. The clips are labelled by
-digit and by whether it is light or dark, and in all of them it drifts along: whoever learns from
-them alone learns to look past motion, so that localization has to train the whole network.
+the drifting background and the restless camera say nothing about it. The clips show other motions
+than those that are to be found, and none of them begins or ends: whoever learns from them alone
+knows something of motion, but neither the classes nor their boundaries.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 
 from .actions import MOTIONS
 from .annotations import Action, Annotations, Video, write
+from .gestures import GESTURES
 from .scene import Rendering, draw
-from .script import CLIP_LABELS, TRAINING, VALIDATION, drifting, perform
+from .script import TRAINING, VALIDATION, gesturing, perform
 from .video import encode
 
 # Of the random numbers that belong to a seed.
@@ -68,11 +69,12 @@ def render_localization(
 def render_clips(
     folder: str | Path, *, per_class: int, seed: int, rendering: Rendering | None = None
 ) -> Path:
-    """Render trimmed clips of one drifting digit each.
+    """Render trimmed clips of one digit each that makes a gesture.
 
     Args:
         folder: gets ``clips/<name>.mp4`` and, when all are there, ``clips.json``.
-        per_class: number of clips for each of `CLIP_LABELS`, every fifth of them for validation.
+        per_class: number of clips for each of `gestures.GESTURES`, every fifth of them for
+            validation.
         seed: of everything.
         rendering: how.
 
@@ -82,15 +84,15 @@ def render_clips(
     folder, rendering = Path(folder), rendering or Rendering()
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     clips = []
-    for number, label in enumerate(CLIP_LABELS):
+    for number, label in enumerate(GESTURES):
         for index in range(per_class):
             subset = VALIDATION if index % CLIP_FOLD == CLIP_FOLD - 1 else TRAINING
             name = f"{label.replace(' ', '_')}_{index:04d}"
             rng = np.random.default_rng([seed, STREAMS["clips"], number, index])
-            frames = draw(drifting(label, subset, rendering, rng), rendering, rng)
+            frames = draw(gesturing(label, subset, rendering, rng), rendering, rng)
             encode(folder / "clips" / f"{name}.mp4", frames, rendering.rate, rendering.codec)
             duration = len(frames) / rendering.rate
             clips.append(Video(name, subset, duration, (Action(0.0, duration, label),)))
     path = folder / "clips.json"
-    write(path, Annotations(tuple(clips), CLIP_LABELS, ()))
+    write(path, Annotations(tuple(clips), tuple(sorted(GESTURES)), ()))
     return path

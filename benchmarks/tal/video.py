@@ -114,6 +114,32 @@ def decode(path: str | Path, times: Sequence[float], size: tuple[int, int] | Non
     return torch.from_numpy(frames)
 
 
+class Memory:
+    """Videos of a constant frame rate, each decoded once: for sets that fit into memory.
+
+    Args:
+        size: height and width to scale the frames to.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self.kept: dict[Path, tuple[Tensor, float]] = {}
+
+    def decode(self, path: Path, times: Sequence[float]) -> Tensor:
+        """As `decode`, to (T, height, width, 3), uint8.
+
+        Raises:
+            VideoError: as there; a video that cannot be read is tried again the next time.
+        """
+        if path not in self.kept:
+            found = probe(path)
+            middles = [(index + 0.5) / found.fps for index in range(max(found.frames, 1))]
+            self.kept[path] = decode(path, middles, self.size), found.fps
+        frames, fps = self.kept[path]
+        shown = (torch.tensor(times, dtype=torch.float64) * fps + EARLY).floor().long()
+        return frames[shown.clamp(0, len(frames) - 1)]
+
+
 class _Reader:
     """Walks through a video's frames; ``frame`` is shown until ``following`` is, if there is one.
 
