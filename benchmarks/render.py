@@ -30,6 +30,8 @@ from .sentence_tables import text_sentences
 from .situation_tables import text_fuzz, text_situations
 from .tables import TEXTS as TABLES
 from .tables import Data
+from .tal.pictures import plot_costs, plot_map, plot_timelines
+from .tal.tables import text_tal, text_tal_costs
 from .zoo_tables import page_zoo, plot_zoo, text_zoo
 
 README = Path(__file__).parents[1] / "README.md"
@@ -212,6 +214,8 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "pareto": ("pareto", text_pareto),
     "frames": ("frames", text_frames),
     "gpu": ("gpu", text_gpu),
+    "tal": ("tal", text_tal),
+    "tal-costs": ("tal_costs", text_tal_costs),
 }
 
 # What a block says before its result file exists.
@@ -219,6 +223,8 @@ ABSENT = {
     "pareto": "Not measured yet: `python -m benchmarks.pareto`.",
     "frames": "Not measured yet: `python -m benchmarks.frames`.",
     "gpu": NOT_YET,
+    "tal": "Not measured yet: `python -m benchmarks.tal compare`.",
+    "tal-costs": "Not measured yet: `python -m benchmarks.tal costs`.",
 }
 
 # Pages beside the result files, which have more to say than a README takes.
@@ -238,6 +244,9 @@ PLOTS: dict[str, Callable[[Data], Figure]] = {
     "exactness": plot_exactness,
     "pareto": plot_pareto,
     "gpu": plot_gpu,
+    "tal": plot_map,
+    "tal_costs": plot_costs,
+    "tal_timelines": plot_timelines,
 }
 
 

@@ -22,11 +22,13 @@ from benchmarks.tal.compare import Comparison
 from benchmarks.tal.detector import detector_loss
 from benchmarks.tal.engine import Group, Trainer, Training, parameter_groups, schedule
 from benchmarks.tal.entries import ENTRIES, LOCALIZERS
+from benchmarks.tal.pictures import plot_map, plot_timelines
 from benchmarks.tal.presets import small
 from benchmarks.tal.scene import Rendering
 from benchmarks.tal.setting import Setting
 from benchmarks.tal.stages import Stages, detections_of
 from benchmarks.tal.synthesis import render_clips, render_localization
+from benchmarks.tal.tables import text_tal
 from re2fx.zoo.steps import one_thread
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +115,31 @@ def test_a_run_goes_on_where_it_was(setting: Setting, pretrained: Path, tmp_path
         assert torch.equal(value, twice[name]), name
 
 
+class _Step:
+    """A batch of one; only those after the first change the weights."""
+
+    broken = ()
+
+    def __init__(self, number: int) -> None:
+        self.after = number > 0
+
+    def __len__(self) -> int:
+        return 1
+
+    def to(self, device: torch.device) -> _Step:
+        return self
+
+
+class _Steps(list[_Step]):
+    """A loader of so many."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(map(_Step, range(count)))
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
 def test_learning_rates_rise_and_fall() -> None:
     training = Training(epochs=10, warmup=2)
     rates = [schedule(epoch / 2, training) for epoch in range(21)]
@@ -129,6 +156,21 @@ def test_vectors_do_not_decay_and_the_backbone_has_its_own_rate() -> None:
     groups = parameter_groups(model, body, training)
     found = {(g["rate"], g["weight_decay"]): [p.ndim for p in g["params"]] for g in groups}
     assert found == {(0.1, 0.5): [2], (0.1, 0.0): [1], (1.0, 0.5): [2], (1.0, 0.0): [1]}
+
+
+def test_the_average_of_a_short_run_forgets_the_first_weights() -> None:
+    """With a constant decay of 0.99, 0.36 of the first would be left."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+
+    def loss(given: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        nn.init.zeros_(model.weight) if batch.after else None
+        return {"total": 0 * model.weight.sum()}
+
+    trainer = Trainer(model, loss, Training(epochs=1, rate=0.0, decay=0.0, average=0.99))
+    trainer.fit(_Steps(101))
+    (weight,) = trainer.averaged.parameters()
+    assert 0 < weight.item() < 0.01
 
 
 def test_values_are_set_by_name() -> None:
@@ -166,3 +208,18 @@ def test_a_comparison_has_a_row_for_each_way(
     found = comparison.run(None, lambda words: None)
     assert [row["entry"] for row in found["localization"]] == ["fixed", "original"]
     assert [row["entry"] for row in found["classification"]] == ["original"]
+    where = {"cpu": "a processor", "cores": 2, "torch": "2", "python": "3", "date": "today"}
+    fixed, original = (row["mean"] for row in found["localization"])
+    text = text_tal({**found, "environment": where})
+    assert f"| end to end, over fixed features | {100 * (original - fixed):+.1f} |" in text
+    assert f"| fixed features | {fixed:.1%} (0.0%) |" in text
+    bars = plot_map(found).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [100 * fixed, 100 * original]
+
+    stages = comparison.stages("swin", None, lambda words: None)
+    lines = comparison.timelines(stages, "actionformer", best=3)
+    (video,), (true,) = lines["videos"], setting.truth().subset("validation")
+    assert video["actions"] == [[a.start, a.end, a.label, 1.0] for a in true.actions]
+    assert [len(spans) for spans in video["found"].values()] == [3, 3]
+    (axes,) = plot_timelines(lines).axes
+    assert len(axes.patches) == len(true.actions) + 6

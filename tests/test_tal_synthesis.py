@@ -263,6 +263,51 @@ def test_clips_have_classes_of_their_own(tmp_path: Path) -> None:
         assert video.probe(tmp_path / "clips" / f"{clip.name}.mp4").frames == 8
 
 
+@pytest.mark.parametrize("name", sorted(gestures.GESTURES))
+def test_a_gesture_goes_on_all_the_time_inside_the_frame(name: str) -> None:
+    for seed in range(20):
+        track = script.Track.standing((0.3, 0.7), 0.3, 32)
+        gestures.perform_gesture(name, track, 8.0, np.random.default_rng(seed))
+        poses = np.stack(list(vars(track).values()))
+        assert poses.shape == (5, 32)
+        assert ((poses[:2] > 0.1) & (poses[:2] < 0.9)).all()
+        assert ((poses[4] >= 0) & (poses[4] <= 1)).all()
+        # What goes to and fro takes two seconds at most.
+        second_half = poses[:, 16:]
+        moves = (second_half != second_half[:, :1]).any()
+        assert moves == (name != "stand")
+
+
+def test_gestures_differ_in_what_they_change() -> None:
+    changed = {}
+    for name in gestures.GESTURES:
+        track = script.Track.standing((0.5, 0.5), 0.3, 32)
+        gestures.perform_gesture(name, track, 8.0, np.random.default_rng(0))
+        changed[name] = {key for key, values in vars(track).items() if values.std() > 1e-3}
+    assert changed["stand"] == set()
+    assert changed["sway"] == {"x"}
+    assert changed["bob"] == {"y"}
+    assert changed["drift"] == {"x", "y"}
+    assert changed["rock"] == {"angle"}
+    assert changed["pulse"] == {"size"}
+    assert changed["fade"] == {"opacity"}
+    assert changed["hop"] in ({"x"}, {"y"})
+
+
+def test_digits_are_light_or_dark_as_asked() -> None:
+    for dark in (0.0, 1.0):
+        rendering = dataclasses.replace(SHORT, dark=dark)
+        digits, _ = script.perform("training", rendering, np.random.default_rng(0))
+        assert all((digit.colour.max() < 0.5) == bool(dark) for digit in digits)
+
+
+def test_a_background_without_texture_is_grey() -> None:
+    plain = dataclasses.replace(CALM, texture=0.0)
+    canvas = scene.background(2, np.zeros((2, 2)), plain, np.random.default_rng(0))
+    assert canvas.std() < 1e-6
+    assert scene.background(2, np.zeros((2, 2)), CALM, np.random.default_rng(0)).std() > 0.02
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -101,6 +101,25 @@ def test_times_count_from_the_first_frame(tmp_path: Path, name: str) -> None:
     assert numbers(video.decode(late, [0.0, 2.0, 7.49, 100.0])) == [0, 16, 59, 59]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_remembered_frames_are_those_of_the_file(folder: Path, name: str) -> None:
+    memory = video.Memory((32, 48))
+    times = [-3.0, 0.0, 1.0, 3.31, 3.375, 2.0, 7.49, 7.5, 100.0]
+    wanted = video.decode(folder / name, times)
+    for _ in range(2):
+        assert numbers(memory.decode(folder / name, times)) == numbers(wanted)
+
+
+def test_a_remembered_file_is_not_read_again(tmp_path: Path) -> None:
+    path, memory = record(tmp_path / "once.mp4", "libx264"), video.Memory((16, 24))
+    first = memory.decode(path, [1.0])
+    assert first.shape == (1, 16, 24, 3)
+    path.unlink()
+    assert numbers(memory.decode(path, [2.0])) == [16]
+    with pytest.raises(video.VideoError):
+        memory.decode(tmp_path / "other.mp4", [1.0])
+
+
 def test_frames_are_scaled(folder: Path) -> None:
     path = folder / "h264.mp4"
     assert video.decode(path, [0.0, 1.0]).shape == (2, 32, 48, 3)

@@ -45,6 +45,8 @@ RENDERING = Rendering(
     size=32, duration=(14.0, 18.0), action=(1.5, 4.0), idle=(0.5, 2.5), bystanders=1, dark=0.0,
     texture=0.25, drift=0.3, jitter=0.2, shake=0.05, flicker=0.02, noise=2.0,
 )  # fmt: skip
+# Trimmed clips show one digit alone, from a camera that hardly moves.
+CLIPS = replace(RENDERING, bystanders=0, texture=0.1, drift=0.1, shake=0.01, flicker=0.01)
 
 
 def main() -> None:
@@ -97,7 +99,7 @@ def rendered(folder: Path, say: Callable[[str], None]) -> None:
             folder, training=SIZES[0], validation=SIZES[1], seed=0, rendering=RENDERING
         )
     if not (folder / "clips.json").exists():
-        render_clips(folder, per_class=SIZES[2], seed=1, rendering=RENDERING)
+        render_clips(folder, per_class=SIZES[2], seed=1, rendering=CLIPS)
 
 
 Stage = Callable[[Comparison, Any, Progress | None, Callable[[str], None]], None]
@@ -174,6 +176,8 @@ def _compare(comparison: Comparison, options: Any, bar: Any, say: Callable[[str]
     found = comparison.run(bar, say)
     if comparison.leads:
         write_results("tal", found)
+        stages = comparison.stages(comparison.backbones[0], bar, say)
+        write_results("tal_timelines", comparison.timelines(stages, comparison.localizers[0]))
 
 
 STAGES: dict[str, Stage] = {

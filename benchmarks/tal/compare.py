@@ -15,7 +15,8 @@ from rich.progress import Progress
 from .backbones import Backbone, small_slowfast, small_swin
 from .engine import Group
 from .entries import ENTRIES, LOCALIZERS
-from .setting import Setting
+from .metrics import Detection
+from .setting import VALIDATION, Setting
 from .stages import Stages, detections_of
 
 Row = dict[str, Any]
@@ -87,9 +88,37 @@ class Comparison:
             "seconds": [round(run["seconds"], 1) for run in runs],
         }
 
-    def shown(self, stages: Stages, localizer: str, seed: int = 0) -> dict[str, Any]:
-        """Detections of all entries, for the picture of a few videos."""
-        return {
-            entry: detections_of(stages.train(ENTRIES[entry], localizer, seed))
+    def timelines(self, stages: Stages, localizer: str, videos: int = 4, best: int = 10) -> Row:
+        """Actions and detections of the first seed, for the picture of a few videos.
+
+        Args:
+            stages: of one backbone; all its entries are there.
+            localizer: which.
+            videos: how many of those that are searched.
+            best: how many detections per video and entry, those with the highest scores.
+        """
+        truth = self.setting.truth()
+        found = {
+            entry: detections_of(stages.train(ENTRIES[entry], localizer, self.seeds[0]))
             for entry in self.entries
         }
+        rows = [
+            {
+                "name": video.name,
+                "duration": video.duration,
+                "actions": [[a.start, a.end, a.label, 1.0] for a in video.actions],
+                "found": {entry: _best(own, video.name, best) for entry, own in found.items()},
+            }
+            for video in truth.subset(VALIDATION)[:videos]
+        ]
+        return {
+            "backbone": stages.backbone.words,
+            "localizer": LOCALIZERS[localizer].words,
+            "labels": list(truth.labels),
+            "videos": rows,
+        }
+
+
+def _best(found: Sequence[Detection], video: str, count: int) -> list[list[Any]]:
+    own = sorted((d for d in found if d.video == video), key=lambda d: -d.score)
+    return [[round(d.start, 2), round(d.end, 2), d.label, round(d.score, 4)] for d in own[:count]]

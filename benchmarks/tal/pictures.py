@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from .annotations import Video
 from .entries import ENTRIES, LOCALIZERS
-from .metrics import Detection
 from .tables import WAYS
 
+Data = dict[str, Any]
+# Actions of one row of a time line: start, end, label, score.
+Spans = Sequence[Sequence[Any]]
+TRUTH = "truth"
 
-def plot_map(data: dict[str, Any], path: Path) -> None:
+
+def plot_map(data: Data) -> Figure:
     """Average mAP with its deviation over seeds, a panel per backbone."""
     rows = data["localization"]
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    figure, axes = plt.subplots(1, len(backbones), figsize=(5 * len(backbones), 3.5), sharey=True,
-                                squeeze=False)  # fmt: skip
-    for axis, backbone in zip(axes[0], backbones, strict=True):
-        _bars(axis, [row for row in rows if row["backbone"] == backbone])
-        axis.set_title(backbone)
-    axes[0][0].set_ylabel("average mAP, %")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure, panels = _panels(1, len(backbones), (4.6, 3.2))
+    for axes, backbone in zip(panels, backbones, strict=True):
+        _bars(axes, [row for row in rows if row["backbone"] == backbone])
+        axes.set_title(f"{backbone}: average mAP, %")
+    panels[-1].legend(frameon=False, fontsize=7.5)
+    return figure
 
 
-def _bars(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(columns * size[0], rows * size[1]), squeeze=False,
+        sharey="row" if rows == 1 else False, layout="constrained",
+    )  # fmt: skip
+    return figure, list(grid.flat)
+
+
+def _bars(axes: Axes, rows: Sequence[Data]) -> None:
     localizers = list(dict.fromkeys(row["localizer"] for row in rows))
     entries = list(dict.fromkeys(row["entry"] for row in rows))
     width = 0.8 / len(entries)
@@ -43,71 +47,49 @@ def _bars(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
         places = [index + number * width for index in range(len(localizers))]
         heights = [100 * own[name]["mean"] for name in localizers]
         errors = [100 * own[name]["deviation"] for name in localizers]
-        axis.bar(places, heights, width, yerr=errors, capsize=2, label=ENTRIES[entry].words)
+        axes.bar(places, heights, width, yerr=errors, capsize=2, label=ENTRIES[entry].words)
     middle = [index + 0.4 - width / 2 for index in range(len(localizers))]
-    axis.set_xticks(middle, [LOCALIZERS[name].words for name in localizers])
+    axes.set_xticks(middle, [LOCALIZERS[name].words for name in localizers])
 
 
-def plot_depth(data: dict[str, Any], path: Path) -> None:
-    """Bytes kept against the residuals in the chains, at the papers' sizes."""
+def plot_costs(data: Data) -> Figure:
+    """Bytes kept for the backward by the networks of each family, at the papers' sizes."""
     rows = data["papers"]
     families = list(dict.fromkeys(row["family"] for row in rows))
-    figure, axes = plt.subplots(1, len(families), figsize=(5 * len(families), 3.5), squeeze=False)
-    for axis, family in zip(axes[0], families, strict=True):
+    figure, panels = _panels(1, len(families), (4.6, 3.2))
+    for axes, family in zip(panels, families, strict=True):
         own = [row for row in rows if row["family"] == family]
         names = [row["words"] for row in own]
         for way, words in WAYS.items():
-            axis.plot(names, [(row["total"][way] or 0) / 2**30 for row in own], "o-", label=words)
-        axis.set_ylim(bottom=0)
-        axis.set_ylabel("GiB kept for the backward")
-        axis.set_title(f"{own[0]['frames']} frames of {own[0]['pixels']} px")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+            axes.plot(names, [(row["total"][way] or 0) / 2**30 for row in own], "o-", label=words)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"GiB kept, {own[0]['frames']} frames of {own[0]['pixels']} px")
+    panels[0].legend(frameon=False, fontsize=7.5)
+    return figure
 
 
-def plot_timelines(
-    videos: Sequence[Video],
-    found: Mapping[str, Sequence[Detection]],
-    labels: Sequence[str],
-    path: Path,
-    best: int = 12,
-) -> None:
-    """Actions and the best detections of each way, a panel per video.
-
-    Args:
-        videos: what is shown, with its actions.
-        found: detections by the names of entries.
-        labels: one colour each.
-        path: where to write the picture.
-        best: detections shown per video and way.
-    """
-    colours = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))
-    figure, axes = plt.subplots(len(videos), 1, figsize=(9, 1.6 * len(videos)), squeeze=False)
-    for axis, video in zip(axes[:, 0], videos, strict=True):
-        _line(axis, 0, [(a.start, a.end, a.label, 1.0) for a in video.actions], colours)
-        for row, detections in enumerate(found.values(), 1):
-            own = sorted((d for d in detections if d.video == video.name), key=lambda d: -d.score)
-            spans = [(d.start, d.end, d.label, d.score) for d in own[:best]]
-            _line(axis, row, spans, colours)
-        names = ["truth", *(ENTRIES[name].words for name in found)]
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.invert_yaxis()
-        axis.set_xlim(0, video.duration)
-        axis.set_title(video.name, fontsize=8)
-    axes[-1, 0].set_xlabel("seconds")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    figure.legend(handles, list(colours), loc="upper right", fontsize=7, ncol=len(colours))
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def plot_timelines(data: Data) -> Figure:
+    """Actions and the best detections of each way, a panel per video."""
+    videos, labels = data["videos"], data["labels"]
+    colours = dict(zip(labels, pyplot.get_cmap("tab10").colors, strict=False))
+    figure, panels = _panels(len(videos), 1, (9, 1.5))
+    for axes, video in zip(panels, videos, strict=True):
+        names = [TRUTH, *video["found"]]
+        for row, spans in enumerate([video["actions"], *video["found"].values()]):
+            _line(axes, row, spans, colours)
+        words = [ENTRIES[name].words if name in ENTRIES else name for name in names]
+        axes.set_yticks(range(len(names)), words, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlim(0, video["duration"])
+        axes.set_title(video["name"], fontsize=8)
+    panels[-1].set_xlabel("seconds")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, list(colours), loc="outside upper right", fontsize=7, ncol=len(colours))
+    return figure
 
 
-def _line(
-    axis: Axes, row: int, spans: Sequence[tuple[float, float, str, float]], colours: Any
-) -> None:
-    strongest = max((score for *_, score in spans), default=1.0)
+def _line(axes: Axes, row: int, spans: Spans, colours: Mapping[str, Any]) -> None:
+    strongest = max((span[3] for span in spans), default=1.0)
     for start, end, label, score in reversed(spans):
         alpha = 0.15 + 0.85 * score / strongest
-        axis.barh(row, end - start, 0.7, start, color=colours.get(label, "black"), alpha=alpha)
+        axes.barh(row, end - start, 0.7, start, color=colours.get(label, "black"), alpha=alpha)

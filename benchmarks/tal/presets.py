@@ -21,7 +21,7 @@ def small(folder: Path) -> Setting:
         pixels=32,
         clip_frames=16,
         remembered=True,
-        pretraining=Training(epochs=26, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
+        pretraining=Training(epochs=20, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
         finetuning=Training(epochs=5, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
         training=Training(epochs=5, batch=2, rate=1e-3, backbone_rate=1e-3, workers=0),
     )

@@ -11,10 +11,20 @@ from .entries import ENTRIES, LOCALIZERS
 
 WAYS = {"store": "plain", "checkpoint": "checkpoint per branch", "reversible": "rewired"}
 
+# Whose difference the comparison is about.
+PAIRS = (
+    ("original", "fixed"),
+    ("re2tal", "fixed"),
+    ("consistent", "fixed"),
+    ("re2tal", "original"),
+    ("consistent", "original"),
+)
+
 
 def text_tal(data: Data) -> str:
     """Average mAP per backbone and localizer, and accuracy on clips."""
-    parts = [_localization(data["localization"]), _classification(data["classification"])]
+    rows = data["localization"]
+    parts = [_localization(rows), _differences(rows), _classification(data["classification"])]
     return "\n\n".join([*parts, machine(data)])
 
 
@@ -30,6 +40,30 @@ def _localization(rows: Iterable[dict[str, Any]]) -> str:
             for name in entries
         ],
     )
+
+
+def _differences(rows: Iterable[dict[str, Any]]) -> str:
+    """Points of average mAP between ways, means over seeds."""
+    found = {(row["backbone"], row["localizer"], row["entry"]): row["mean"] for row in rows}
+    places = list(dict.fromkeys(key[:2] for key in found))
+    pairs = [(a, b) for a, b in PAIRS if any({(*p, a), (*p, b)} <= found.keys() for p in places)]
+    header = [
+        "points of average mAP", *(f"{LOCALIZERS[loc].words}, {body}" for body, loc in places)
+    ]  # fmt: skip
+    return table(
+        header,
+        [
+            [
+                f"{ENTRIES[a].words}, over {ENTRIES[b].words}",
+                *(_points(found.get((*p, a)), found.get((*p, b))) for p in places),
+            ]
+            for a, b in pairs
+        ],
+    )
+
+
+def _points(one: float | None, other: float | None) -> str:
+    return "not run" if one is None or other is None else f"{100 * (one - other):+.1f}"
 
 
 def _map(row: dict[str, Any] | None) -> str:
