@@ -213,7 +213,7 @@ def test_a_comparison_has_a_row_for_each_way(
     text = text_tal({**found, "environment": where})
     assert f"| end to end, over fixed features | {100 * (original - fixed):+.1f} |" in text
     assert f"| fixed features | {fixed:.1%} (0.0%) |" in text
-    bars = plot_map(found).axes[0].patches
+    bars: Any = plot_map(found).axes[0].patches
     assert [bar.get_height() for bar in bars] == [100 * fixed, 100 * original]
 
     stages = comparison.stages("swin", None, lambda words: None)
