@@ -86,16 +86,6 @@ def test_frames_are_normalised(folder: Path) -> None:
         assert torch.allclose(frames[colour], (plain[colour] - mean) / std, atol=1e-6)
 
 
-def test_remembered_videos_give_the_same_samples(folder: Path) -> None:
-    remembered = dataclasses.replace(VIEW, remembered=True)
-    plain, kept = (clips.ResizedVideos(KNOWN, folder, view) for view in (VIEW, remembered))
-    for _ in range(2):
-        for index in range(len(plain)):
-            assert torch.equal(kept[index].frames, plain[index].frames)
-    assert plain.memory is None
-    assert len(kept.memory.kept) == len(plain)
-
-
 def test_windows_cover_a_video_and_the_last_is_padded(folder: Path) -> None:
     data = clips.Windows(KNOWN, folder, VIEW, rate=RATE, stride=12)
     samples = [data[index] for index in range(len(data))]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.tal import jobs
 from benchmarks.tal.__main__ import adjusted
 from benchmarks.tal.annotations import read
 from benchmarks.tal.backbones import Backbone, small_slowfast, small_swin
+from benchmarks.tal.batches import Sample
 from benchmarks.tal.compare import Comparison
 from benchmarks.tal.detector import detector_loss
 from benchmarks.tal.engine import Group, Trainer, Training, parameter_groups, schedule
@@ -115,6 +119,54 @@ def test_a_run_goes_on_where_it_was(setting: Setting, pretrained: Path, tmp_path
         assert torch.equal(value, twice[name]), name
 
 
+def test_remembered_videos_give_the_same_samples(setting: Setting) -> None:
+    plain, kept = (
+        replace(setting, remembered=remembered).trained(setting.truth(), 0)
+        for remembered in (False, True)
+    )
+    for index in (0, 1, 0, 1):
+        (ours, theirs) = kept[index], plain[index]
+        assert isinstance(ours, Sample)
+        assert isinstance(theirs, Sample)
+        assert torch.equal(ours.frames, theirs.frames)
+    assert plain.memory is None
+    assert kept.memory is not None
+    assert len(kept.memory.kept) == 2
+
+
+def test_a_run_goes_past_what_is_wrong_with_the_data(
+    setting: Setting, pretrained: Path, tmp_path: Path
+) -> None:
+    """A missing video, a broken and an empty one, an annotation outside, an unseen class."""
+    content = json.loads(setting.annotations.read_text())
+    first, _, searched = content["database"].values()
+    folder = tmp_path / "videos"
+    shutil.copytree(setting.videos, folder)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    shutil.copy(folder / "training_0000.mp4", folder / "empty.mp4")
+    content["database"] |= {
+        "missing": first,
+        "broken": first,
+        "empty": {**first, "annotations": []},
+    }
+    outside = {"segment": [1000, 1001], "label": first["annotations"][0]["label"]}
+    first["annotations"] = [*first["annotations"], outside]
+    searched["annotations"].append({"segment": [1, 3], "label": "unseen"})
+    changed = tmp_path / "annotations.json"
+    changed.write_text(json.dumps(content))
+    stages = stages_of(replace(setting, annotations=changed, videos=folder), tmp_path)
+    shutil.copy(pretrained / "pretrained.pt", tmp_path)
+
+    assert any("outside" in problem for problem in stages.setting.truth().problems)
+    trainer = Trainer(stages.detector(ENTRIES["original"], "vsgn"), detector_loss, BRIEF)
+    trainer.fit(stages.learned(ENTRIES["original"], BRIEF))
+    assert set(trainer.broken) == {"missing", "broken"}
+    assert math.isfinite(trainer.history[0]["total"])
+    row = json.loads(stages.train(ENTRIES["original"], "vsgn", seed=0).read_text())
+    assert 0 <= row["average"] < 1
+    assert "unseen" not in {detection["label"] for detection in row["detections"]}
+
+
 class _Step:
     """A batch of one; only those after the first change the weights."""
 
@@ -196,6 +248,20 @@ def test_two_processes(setting: Setting, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "runs" / "swin" / "actionformer-re2tal-0.json").exists()
+
+
+def test_jobs_make_what_a_comparison_reads(setting: Setting, tmp_path: Path) -> None:
+    small_set = replace(
+        setting, pretraining=replace(BRIEF, batch=32), finetuning=replace(BRIEF, batch=32)
+    )
+    comparison = Comparison(small_set, tmp_path, ["swin"], ["fixed", "original"], ["vsgn"], [3])
+    words: list[str] = []
+    jobs.run(comparison, 2, words.append)
+    assert any("vsgn-fixed-3" in line for line in words)
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "swin").iterdir()}
+    assert {"vsgn-fixed-3.json", "vsgn-original-3.json"} <= made.keys()
+    comparison.run(None, words.append)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "swin").iterdir()} == made
 
 
 def test_a_comparison_has_a_row_for_each_way(

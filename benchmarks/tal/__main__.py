@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from benchmarks.common import progress, write_results
 
-from . import costs
+from . import costs, jobs
 from .compare import BACKBONES, Comparison
 from .entries import ENTRIES, LOCALIZERS
 from .metrics import evaluate
@@ -173,6 +173,8 @@ def measured_costs(comparison: Comparison) -> dict[str, Any]:
 
 def _compare(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
     _data(comparison, options, bar, say)
+    if options.jobs > 1:
+        jobs.run(comparison, options.jobs, say)
     found = comparison.run(bar, say)
     if comparison.leads:
         write_results("tal", found)
@@ -204,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES))
     parser.add_argument("--localizers", nargs="+", choices=LOCALIZERS, default=list(LOCALIZERS))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes of one thread that share out a comparison"
+    )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="such as training.epochs=3"
     )
