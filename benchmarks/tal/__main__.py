@@ -10,7 +10,8 @@
     costs      bytes kept against depth, and step times
 
 Every stage runs those before it that have not run, and goes on where it was interrupted. Start it
-with ``torchrun --nproc-per-node N -m benchmarks.tal ...`` to train on several processes.
+with ``torchrun --nproc-per-node N -m benchmarks.tal ...`` to train on several processes, or with
+``compare --jobs 2`` to do two runs of a comparison at a time on two CPU cores.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def small(folder: Path) -> Setting:
         remembered=True,
         pretraining=Training(epochs=20, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
         finetuning=Training(epochs=5, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
-        training=Training(epochs=5, batch=2, rate=1e-3, backbone_rate=1e-3, workers=0),
+        training=Training(epochs=10, batch=2, rate=1e-3, backbone_rate=1e-3, workers=0),
     )
 
 
