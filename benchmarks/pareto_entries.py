@@ -9,7 +9,7 @@ re2fx ...                 the eager executor: stored, reversible, lowest, and at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -189,11 +189,15 @@ def eager_entries() -> list[Entry]:
     ]
 
 
-def answering_entries() -> list[Entry]:
-    """re2fx at the peak of plain training and of each checkpoint, which must be measured before."""
-    names = [e.name for e in eager_entries() if e.name.split(",")[0] in ("plain", "checkpoint")]
+def answering_entries(names: Sequence[str] = ()) -> list[Entry]:
+    """re2fx at the peak of each of some rivals, which must be measured before.
+
+    By default plain training and every checkpoint.
+    """
+    known = [e.name for e in eager_entries() if e.name.split(",")[0] in ("plain", "checkpoint")]
     return [
-        Entry(ANSWER + name, partial(answering, name), True, False, "re2fx store") for name in names
+        Entry(ANSWER + name, partial(answering, name), True, False, "re2fx store")
+        for name in names or known
     ]
 
 
