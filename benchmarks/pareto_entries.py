@@ -49,6 +49,9 @@ class Bench(Protocol):
     device: torch.device
     peaks: dict[str, int]
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """That every step runs under."""
+
 
 @dataclass(frozen=True)
 class Made:
@@ -112,7 +115,8 @@ def rewired(memory: str | int, bench: Bench) -> Made:
     """
     wanted: Any = memory
     try:
-        network = re2fx.transform(bench.model, bench.inputs, memory=wanted)
+        with bench.autocast():
+            network = re2fx.transform(bench.model, bench.inputs, memory=wanted)
     except (errors.OptionError, BudgetError) as error:
         raise Unavailable(str(error)) from error
     if not hasattr(network, "memory"):
