@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .common import progress, write_results
 from .torchvision_shim import ensure_torchvision
 
-ROUNDS, WARMUP = 21, 3
-WAITING = 60_000_000  # cycles
+ROUNDS, WARMUP = 11, 3
+WAITING = 25_000_000  # cycles
 BATCHES = (1, 4, 16)
 
 Run = Callable[[], Any]
