@@ -9,7 +9,7 @@ of the whole, unless a later part needs that first. No FX in here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .body import Body, Function, Part
 from .errors import ReplayError
 from .replay import Ambient
+from .summing import Summing, can_sum
 
 Meta = tuple[torch.Size, torch.dtype, torch.device]
 SMALL = 4096  # bytes
@@ -56,12 +57,14 @@ class Span:
         begins: the first slot of each slice, and behind the last one.
         sizes: items per slice; empty if it was run whole.
         needs_grad: of each tensor in each of its results.
+        summed: whether the gradients of weights that its slices read are summed in place.
     """
 
     ambient: Ambient
     begins: list[int]
     sizes: list[int] = field(default_factory=list)
     needs_grad: list[list[bool]] = field(default_factory=list)
+    summed: bool = False
 
 
 class Trace:
@@ -133,8 +136,10 @@ class Trace:
             span.begins.append(len(self.saved))
             return results
         rows = []
+        span.summed = can_sum()
+        summing = Summing() if span.summed else nullcontext()
         for row in slicing.cut(reads, span.sizes):
-            with saved_tensors_hooks(pack, unpacked):
+            with saved_tensors_hooks(pack, unpacked), summing:
                 rows.append(slicing.function(root, *row))
             span.begins.append(len(self.saved))
         return slicing.join(rows)
@@ -346,6 +351,7 @@ class Again:
             stack.enter_context(torch.set_grad_enabled(record))
             if record:
                 stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
+                stack.enter_context(Summing(pack) if span.summed else nullcontext())
             results: Sequence[Any] | None
             try:
                 results = function(self.root, *reads) if span.sizes else function(self.root, reads)
