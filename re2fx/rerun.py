@@ -238,6 +238,15 @@ class Again:
         spans = enumerate(self.trace.spans)
         return all(self._is_there(number) for number, span in spans if span.sizes or number == 0)
 
+    @property
+    def spare(self) -> bool:
+        """Whether its result, once it was given away, is read by nobody else.
+
+        What slices were laid together in is no tensor that autograd has saved.
+        """
+        parts = self.trace.body.parts
+        return bool(self.trace.spans[-1].sizes) and parts[-1].writes == self.trace.body.outputs
+
     def take(self, slot: int) -> tuple[torch.Tensor, int]:
         """What the first run would have saved in a slot, and its version, brought back if need be.
 
