@@ -36,7 +36,7 @@ def can_sum() -> bool:
     Not while torch compiles, under a transform of torch.func, in a dual level, or under a mode of
     the user's; but on fake tensors and under the modes that predict memory.
     """
-    functions = _get_current_function_mode_stack()
+    functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     modes = map(type, _get_current_dispatch_mode_stack())
     known = all(m.__module__ == _FAKE or m.__module__.startswith("re2fx.") for m in modes)
     devices = all(type(mode) is DeviceContext for mode in functions)
@@ -66,15 +66,15 @@ class Summing(TorchFunctionMode):
         if call is None or not call.fits():
             return func(*args, **(kwargs or {}))
         if self._note is None:
-            return _Linear.apply(*call, *self._place(call.weight))
+            return _linear(*call, *self._place(call.weight))
         self._note(call.x)
-        return _Linear.apply(*call, None, None)
+        return _linear(*call, None, None)
 
     def _place(self, weight: Tensor) -> tuple[Tensor, Sums]:
         """One for each weight, however many maps have it."""
         if id(weight) not in self._places:
             sums: Sums = {}
-            self._places[id(weight)] = _Place.apply(weight, sums), sums
+            self._places[id(weight)] = _place(weight, sums), sums
         return self._places[id(weight)]
 
 
@@ -111,8 +111,8 @@ def _call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | 
     if func in _ADDMM and len(args) == 3 and not kwargs:
         return _Call(args[1], args[2], args[0], True)
     if func in _LINEAR:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        return _Call(given["input"], given["weight"], given.get("bias"), False)
+        given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        return _Call(given.get("input"), given.get("weight"), given.get("bias"), False)
     return None
 
 
@@ -120,7 +120,8 @@ def _is_plain(value: Any) -> bool:
     """Whether it is a dense tensor of real numbers and of torch's own kind, fake or not."""
     kind = type(value)
     known = kind in (Tensor, nn.Parameter) or kind.__module__ == _FAKE
-    return known and value.layout is torch.strided and value.is_floating_point()
+    dense = known and value.layout is torch.strided and value.is_floating_point()
+    return dense and not torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Batched)
 
 
 def _transformed() -> bool:
@@ -185,6 +186,10 @@ class _Linear(torch.autograd.Function):
             to_x = (given @ (weight.t() if ctx.turned else weight)).reshape(shape)
         to_bias = given.sum(0) if ctx.needs_input_grad[2] else None
         return to_x, to_weight, to_bias, None, None, None
+
+
+_place: Callable[..., Any] = _Place.apply
+_linear: Callable[..., Any] = _Linear.apply
 
 
 def _rows(x: Tensor) -> Tensor:
