@@ -121,7 +121,7 @@ def _is_plain(value: Any) -> bool:
     kind = type(value)
     known = kind in (Tensor, nn.Parameter) or kind.__module__ == _FAKE
     dense = known and value.layout is torch.strided and value.is_floating_point()
-    return dense and not torch._C._dispatch_keys(value).has(torch._C.DispatchKey.Batched)
+    return dense and not torch._C._functorch.is_legacy_batchedtensor(value)
 
 
 def _transformed() -> bool:
