@@ -40,11 +40,12 @@ def _kind(func: Any, device: str) -> _Kind:
 
 @cache
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Torch's, and the same ones for the CPU's attention, which it leaves out."""
+    """Torch's, and the same ones for what it leaves out: the CPU's attention, adding in place."""
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
     return {
         **flop_registry,
+        _A.addmm_: flop_registry[_A.addmm],
         _A._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
         _A._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     }
