@@ -407,7 +407,7 @@ class RewiredModule(GraphModule):
             tuple(map(copy.copy, self._variants[1:])),
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        plans = [(dict(v.planned), dict(v.memory_plans)) for v in self._variants]
+        plans = [(dict(v.planned), dict(v.framed), dict(v.memory_plans)) for v in self._variants]
         return arguments, extra, plans
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewiredModule:
@@ -447,11 +447,10 @@ def _rebuild(
 ) -> RewiredModule:
     module = RewiredModule(*arguments)
     module.__dict__.update(extra)
-    for variant, (planned, used) in zip(module._variants, plans, strict=False):
+    for variant, (planned, framed, memory_plans) in zip(module._variants, plans, strict=False):
         variant.planned.update(planned)
-        for (mode, _), found in planned.items():
-            if found[1] is used.get(mode):
-                variant.plan_as(mode, found)
+        for mode in framed:
+            variant.plan_as(mode, (framed[mode], memory_plans[mode]))
     return module
 
 
