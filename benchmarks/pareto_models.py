@@ -190,6 +190,7 @@ def gpt2(
     tokens: int, layers: int, batch: int, width: int = 768, vocabulary: int = 50257
 ) -> Subject:
     """GPT-2 without its language head, with its dropout."""
+    ensure_torchvision()  # which transformers imports
     from transformers import GPT2Config, GPT2Model
 
     sizes = {"n_layer": layers, "n_embd": width, "n_head": width // 64}
