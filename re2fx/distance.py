@@ -40,11 +40,15 @@ def relative(got: torch.Tensor, true: torch.Tensor, floor: float = 0.0) -> float
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states, attributes or tensors are equal, to the bit and NaN for NaN."""
+    """Whether two states, attributes or tensors are equal, to the bit and NaN for NaN.
+
+    Tensors on ``meta`` have no values to differ in.
+    """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         return alike and bool(
-            torch.equal(a, b)
+            a.is_meta
+            or torch.equal(a, b)
             or (
                 torch.equal(torch.isnan(a), torch.isnan(b))
                 and torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -454,6 +454,27 @@ def test_inputs_on_meta_and_fake_ones_are_as_good_as_real_ones() -> None:
     assert report(same, fake) == expected
 
 
+class Counting(nn.Module):
+    """Residuals with running statistics, which are put back after a trial run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage, norm in zip(self.stages, self.norms, strict=True):
+            x = x + norm(stage(x))
+        return x
+
+
+def test_a_model_on_meta_may_have_running_statistics() -> None:
+    expected = report(Counting().train(), torch.empty(BATCH, WIDTH))
+    with torch.device("meta"):
+        model = Counting().train()
+    assert report(model, torch.empty(BATCH, WIDTH, device="meta")) == expected
+
+
 # what cannot be reversed, and what cannot be reported
 
 
