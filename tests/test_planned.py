@@ -233,7 +233,7 @@ def test_autocast_is_planned_for_where_it_is_met() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled):
                 rev(X.float()).float().sum().backward()
             plans.append(rev.memory_plan)
-    assert plans[1].predicted.peak.peak < plans[0].predicted.peak.peak
+    assert plans[1].stored.peak.peak != plans[0].stored.peak.peak
     assert plans[2] is plans[4] is plans[0]
     assert plans[3] is plans[1]
     again = copy.deepcopy(rev)
