@@ -78,6 +78,7 @@ frames: $(VENV)/.installed
 
 gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.render
 
 # The pictures of what the tools show; needs Chromium for the page.

@@ -70,6 +70,7 @@ class Words(nn.Module):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
+        ensure_torchvision()  # which transformers imports
         from transformers import GPT2Config, GPT2Model
 
         drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

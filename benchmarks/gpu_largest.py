@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -15,7 +15,7 @@ from .pareto_measure import Bench, Row, explained, moved, release
 
 ENTRIES = ("plain", "checkpoint, blocks", "re2fx reversible", "re2fx lowest")
 PRECISION = 1 / 16
-TIMED = 5
+TIMED = 3
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
@@ -101,16 +101,30 @@ class Trials:
 
 
 def largest_batches(
-    bench: Bench, deadline: float, tick: Callable[[], None], limit: int
+    bench: Bench,
+    deadline: float,
+    tick: Callable[[], None],
+    limit: int,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
-    """A row for each of `ENTRIES`."""
-    start = bench.subject.batch
-    example = bench.inputs
+    """A row for each of `ENTRIES`; each begins where the one before ended.
+
+    Args:
+        bench: the network.
+        deadline: ``time.monotonic()`` after which nothing is tried.
+        tick: called after every entry.
+        limit: no larger batch is tried.
+        known: rows of an earlier run, of which those are kept that were finished.
+    """
+    done = {row["entry"]: row for row in known if "batch" in row}
+    start, example = bench.subject.batch, bench.inputs
     rows = []
     for entry in eager_entries():
         if entry.name in ENTRIES:
             bench.inputs = example
-            rows.append(largest_batch(bench, entry, start, deadline, limit))
+            row = done.get(entry.name) or largest_batch(bench, entry, start, deadline, limit)
+            rows.append(row)
+            start = max(start, row.get("batch", 0))
             release(bench.device)
             tick()
     return rows

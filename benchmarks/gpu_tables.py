@@ -81,6 +81,35 @@ def text_kernels(data: Data) -> str:
     return table(head, rows) if rows else ""
 
 
+def text_headline(data: Data) -> str:
+    """What the README says first of a GPU: one network's step, and the largest batch of another."""
+    vit = {row["entry"]: row for row in data["parts"]["vit:eager"]["rows"]}
+    large = {row["entry"]: row for row in data["parts"]["vit-l:largest"]["rows"]}
+
+    def step(entry: str) -> str:
+        row = vit[entry]
+        return f"{row['peak'] / 2**30:.1f} GiB at {row['over_plain']:.2f}x"
+
+    def most(entry: str) -> str:
+        return f"{large[entry]['batch']:,}"
+
+    return (
+        f"On an {data['parts']['vit:eager']['card']} in bf16, a step of {vit_words(data)} takes "
+        f"{vit['plain']['peak'] / 2**30:.1f} GiB above its parameters;\nwith a checkpoint around "
+        f"every block {step('checkpoint, blocks')} the time, with re2fx "
+        f"{step('re2fx reversible')}.\nThe largest batch of a ViT-L/16 of 24 layers is "
+        f"{most('plain')} images, with checkpoints {most('checkpoint, blocks')}, with re2fx "
+        f"{most('re2fx reversible')}."
+    )
+
+
+def vit_words(data: Data) -> str:
+    """The network and its batch, from the words of its part."""
+    words: str = data["parts"]["vit:eager"]["words"]
+    first, _, batch = words.rpartition(", ")
+    return f"ViT-B/16 on {batch.split(' of ')[0]}" if first else words
+
+
 def text_gpu(data: Data) -> str:
     """The README's block."""
     models = models_of(data)

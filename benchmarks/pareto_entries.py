@@ -9,7 +9,7 @@ re2fx ...                 the eager executor: stored, reversible, lowest, and at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +48,9 @@ class Bench(Protocol):
     inputs: Inputs
     device: torch.device
     peaks: dict[str, int]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """That every step runs under."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def rewired(memory: str | int, bench: Bench) -> Made:
     """
     wanted: Any = memory
     try:
-        network = re2fx.transform(bench.model, bench.inputs, memory=wanted)
+        with bench.autocast():
+            network = re2fx.transform(bench.model, bench.inputs, memory=wanted)
     except (errors.OptionError, BudgetError) as error:
         raise Unavailable(str(error)) from error
     if not hasattr(network, "memory"):
@@ -189,11 +193,15 @@ def eager_entries() -> list[Entry]:
     ]
 
 
-def answering_entries() -> list[Entry]:
-    """re2fx at the peak of plain training and of each checkpoint, which must be measured before."""
-    names = [e.name for e in eager_entries() if e.name.split(",")[0] in ("plain", "checkpoint")]
+def answering_entries(names: Sequence[str] = ()) -> list[Entry]:
+    """re2fx at the peak of each of some rivals, which must be measured before.
+
+    By default plain training and every checkpoint.
+    """
+    known = [e.name for e in eager_entries() if e.name.split(",")[0] in ("plain", "checkpoint")]
     return [
-        Entry(ANSWER + name, partial(answering, name), True, False, "re2fx store") for name in names
+        Entry(ANSWER + name, partial(answering, name), True, False, "re2fx store")
+        for name in names or known
     ]
 
 

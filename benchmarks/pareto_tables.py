@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
 from .pareto_entries import ANSWER
 from .tables import Data, machine, table
@@ -16,6 +17,7 @@ from .tables import Data, machine, table
 Row = dict[str, Any]
 
 COLORS = {"re2fx": "#1f6fb4", "re2fx compiled": "#7b5ea7", "compiled": "#4f9a5f"}
+FAR = 2.5  # times plain training, from where on times are shown by their logarithms
 MARKS = {
     "plain": ("s", "#8a8a8a"),
     "checkpoint, branches": ("v", "#d1803b"),
@@ -224,14 +226,16 @@ def plot_models(models: Sequence[Data]) -> Figure:
     columns = min(2, len(models)) or 1
     lines = -(-len(models) // columns) or 1
     figure, panels = pyplot.subplots(
-        lines, columns, figsize=(5 * columns, 3.1 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(5 * columns, 3.3 * lines), layout="constrained", squeeze=False
     )
     labels: dict[str, Any] = {}
     for axes in panels.flat[len(models) :]:
         axes.set_axis_off()
     for axes, model in zip(panels.flat, models, strict=False):
         labels |= panel(axes, model)
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        labels.values(), labels, loc="outside lower center", ncols=2 * columns, frameon=False
+    )
     return figure
 
 
@@ -248,6 +252,11 @@ def panel(axes: Axes, model: Data) -> dict[str, Any]:
             place = row["peak"] / 2**20, row["over_plain"]
             (drawn[name],) = axes.plot(*place, mark, color=color, markersize=6, linestyle="")
     axes.set_xlim(0, None)
+    if max((row["over_plain"] for row in rows), default=1) > FAR:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator((1, 1.2, 1.5, 2, 3, 5, 8, 12, 20)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
     axes.margins(y=0.12)
     axes.set_xlabel("peak of a step, MiB")
     axes.set_title(f"{model['name']}: step time against plain")

@@ -24,7 +24,8 @@ from .accuracy_tables import block_accuracy, plot_accuracy
 from .common import CONTENDERS, RESULTS, read_results
 from .exactness_tables import plot_exactness, text_exactness
 from .frames_tables import text_frames
-from .gpu_tables import NOT_YET, page_gpu, plot_gpu, text_gpu
+from .gpu_tables import NOT_YET, page_gpu, plot_gpu, text_gpu, text_headline
+from .overlap_tables import text_overlap
 from .pareto_tables import page_pareto, plot_pareto, text_pareto
 from .sentence_tables import text_sentences
 from .situation_tables import text_fuzz, text_situations
@@ -216,6 +217,8 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "gpu": ("gpu", text_gpu),
     "tal": ("tal", text_tal),
     "tal-costs": ("tal_costs", text_tal_costs),
+    "gpu headline": ("gpu", text_headline),
+    "overlap": ("overlap", text_overlap),
 }
 
 # What a block says before its result file exists.

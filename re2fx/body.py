@@ -105,6 +105,18 @@ class Slicing:
             torch.cat(column, dim) for column, (dim, _) in zip(columns, self.writes, strict=True)
         ]
 
+    def lay(
+        self,
+        joined: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        index: int,
+    ) -> None:
+        """Copy the results of one slice to their places in those that `join` would give."""
+        begin = sum(sizes[:index])
+        for whole, own, (dim, factor) in zip(joined, results, self.writes, strict=True):
+            whole.narrow(dim, begin * factor, sizes[index] * factor).copy_(own)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -268,9 +268,26 @@ class Coupling:
         """``p_{i+1}``, and what `retreat` needs beside the states, the branch and the draw."""
         return self.step(current, previous, branch, draw), None
 
-    def retreat(self, following: Any, current: Any, branch: Any, draw: Any, lost: Any) -> Any:
-        """``p_{i-1}``."""
-        return self.inverse(following, current, branch, draw)
+    def retreat(
+        self,
+        following: Any,
+        current: Any,
+        branch: Any,
+        draw: Any,
+        lost: Any,
+        spare: bool = False,
+    ) -> Any:
+        """``p_{i-1}``; it may lie where the branch's result was, if nobody else has that to spare.
+
+        Rounded as by `inverse`.
+        """
+        alike = branch.dtype == following.dtype and branch.stride() == following.stride()
+        if not spare or not alike or type(self) is not Coupling:
+            return self.inverse(following, current, branch, draw)
+        rest = replace(self, b=1.0, c=0.0).inverse(following, current, branch)
+        scaled = branch if self.c == 1 else branch.mul_(self.c)
+        previous = torch.sub(rest, scaled, out=branch)
+        return previous if self.b == 1 else previous.div_(self.b)
 
     def __str__(self) -> str:
         twice = " twice" if self.evaluations == 2 else ""

@@ -154,6 +154,7 @@ class FixedCoupling(Coupling):
         branch: Tensor,
         draw: Tensor | None,
         lost: Tensor | None,
+        spare: bool = False,
     ) -> Tensor:
         """``p_{i-1}`` from all that is known of the step, the bits shifted out among it."""
         change, _ = self.change(current, branch, draw)

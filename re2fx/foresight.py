@@ -4,7 +4,7 @@ The step runs on fake tensors, with the very autograd engine and reversible exec
 that sees every operator: it counts the bytes of each storage that an operator makes, until the
 storage dies. What it cannot see by itself it is told:
 
-    - what real kernels allocate while they run (`re2fx.workspace`);
+    - what real kernels allocate while they run (`re2fx.workspace`, `re2fx.workspace_cuda`);
     - that the engine adds gradients in place (`re2fx.accumulation`);
     - the random generators' states that the executor remembers, which are real tensors.
 """
@@ -68,8 +68,8 @@ def foresee(
     buffers and the random generators stay as they are. Autocast that is active counts for the
     forward and the loss; the backward runs outside of it, as torch recommends.
 
-    On the CPU the figure is what `re2fx.peak` measures on a second step. On CUDA the kernels'
-    workspaces and the caching allocator's rounding are missing.
+    The figure is what `re2fx.peak` measures on a second step. On CUDA what cuDNN takes for
+    convolutions is missing, and the caching allocator is taken to have its default settings.
 
     Args:
         model: any module; tensors on ``meta``, or on a device that this machine lacks, are taken

@@ -66,7 +66,9 @@ def live_bytes(run: Callable[[], Any]) -> int:
     """Bytes a call has allocated on the CPU and not freed while its result is held."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         result = run()
     results = profiler.profiler.kineto_results
     total = sum(event.nbytes() for event in results.events() if event.name() == "[memory]")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .accumulation import Holders, alike, from_engine, holders
 from .workspace import Rule, nbytes, rule_of
+from .workspace_cuda import allocated
 
 _A = torch.ops.aten
 _UNWRITTEN = {_A.empty, _A.empty_strided, _A.empty_like, _A.new_empty, _A.new_empty_strided}
@@ -30,20 +31,21 @@ class _Kind:
 
 
 @cache
-def _kind(func: Any) -> _Kind:
+def _kind(func: Any, device: str) -> _Kind:
     packet = func.overloadpacket
     formula = _formulas().get(packet)
     moves = formula is None and not func.is_view and packet not in _UNWRITTEN
-    return _Kind(formula, moves, rule_of(func))
+    return _Kind(formula, moves, rule_of(func, device))
 
 
 @cache
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Torch's, and the same ones for the CPU's attention, which it leaves out."""
+    """Torch's, and the same ones for what it leaves out: the CPU's attention, adding in place."""
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
     return {
         **flop_registry,
+        _A.addmm_: flop_registry[_A.addmm],
         _A._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
         _A._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
     }
@@ -110,9 +112,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         made = _tensors_of(result if isinstance(result, (tuple, list)) else (result,))
         written = self._note(made)
-        kind = _kind(func)
-        if kind.rule is not None and self.device.type == "cpu":
-            self._pass(kind.rule(args, made))
+        kind = _kind(func, self.device.type)
+        if kind.rule is not None:
+            self._pass(self._allocated(kind.rule(args, made)))
         if kind.formula is not None:
             self.flops += kind.formula(*args, **kwargs, out_val=result)
         elif kind.moves:
@@ -144,7 +146,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return size
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+        key, size = id(storage), self._allocated(storage.nbytes())
         meter = weakref.ref(self)  # what outlives the step must not hold the count
 
         def gone(_: Any) -> None:
@@ -161,6 +163,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.bytes > self._highest:
                 self._highest, self.where = self.bytes, self._place
             self.timeline.append((self._steps, self.bytes))
+
+    def _allocated(self, size: int) -> int:
+        """Bytes that a request takes."""
+        return allocated(size) if self.device.type == "cuda" else size
 
     def enter(self, place: str) -> None:
         """Note the frame that is brought back."""

@@ -29,7 +29,7 @@ from .rewired import Rewired as Rewired
 from .state import put_back_on_error
 from .tracing import holds, refuse_guard, register, traced_for_re2fx
 from .variants import Executors as Executors
-from .variants import Recipe, Variant, capture_again
+from .variants import Recipe, Variant, autocast_dtype, capture_again
 from .wiring import Wiring
 
 
@@ -206,13 +206,13 @@ class RewiredModule(GraphModule):
         return self._framed(variant, inputs, anew=True)
 
     def _framed(self, variant: Variant, inputs: list[Any], anew: bool = False) -> MemoryPlan:
-        """The plan for calls of one kind, made if there is none."""
+        """The plan for calls of one kind, in the autocast that is active; made if there is none."""
         mode = self.training
-        if anew or mode not in variant.memory_plans:
+        kind = mode, autocast_dtype(self._live._model, inputs)
+        if anew or kind not in variant.planned:
             given = self._live, variant, mode, inputs, self._memory, self._executors
-            framed, plan = self._executors.frame(*given)
-            variant.plan_as({mode: framed}, {mode: plan})
-        return variant.memory_plans[mode]
+            variant.planned[kind] = self._executors.frame(*given)
+        return variant.plan_as(mode, variant.planned[kind])
 
     @property
     def coupling(self) -> Coupling | tuple[Coupling, ...]:
@@ -407,7 +407,7 @@ class RewiredModule(GraphModule):
             tuple(map(copy.copy, self._variants[1:])),
         )
         extra = {k: v for k, v in self.__dict__.items() if k not in _OWN}
-        plans = [(dict(v.framed), dict(v.memory_plans)) for v in self._variants]
+        plans = [(dict(v.planned), dict(v.framed), dict(v.memory_plans)) for v in self._variants]
         return arguments, extra, plans
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewiredModule:
@@ -447,8 +447,10 @@ def _rebuild(
 ) -> RewiredModule:
     module = RewiredModule(*arguments)
     module.__dict__.update(extra)
-    for variant, (framed, memory_plans) in zip(module._variants, plans, strict=False):
-        variant.plan_as(framed, memory_plans)
+    for variant, (planned, framed, memory_plans) in zip(module._variants, plans, strict=False):
+        variant.planned.update(planned)
+        for mode in framed:
+            variant.plan_as(mode, (framed[mode], memory_plans[mode]))
     return module
 
 

@@ -95,7 +95,9 @@ def _on_cuda(run: Callable[[], Any], device: torch.device) -> Peak:
 def _on_cpu(run: Callable[[], Any]) -> Peak:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         result = run()
     events = profiler.profiler.kineto_results.events()
     del result

@@ -209,7 +209,7 @@ class Planner:
             f"{self.name}: a budget of {amount(budget)} is below the least that one training step "
             f"can take, {amount(self._peak(lowest))} (memory='lowest'). At its highest it is in "
             f"the {self.foresee(lowest).phase}{where and ', at ' + where}. Use smaller inputs or a "
-            "larger budget."
+            "larger budget; if you train under autocast, call transform in it."
         )
 
     # what storing a frame takes, and what it spares

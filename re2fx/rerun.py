@@ -9,7 +9,7 @@ of the whole, unless a later part needs that first. No FX in here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .body import Body, Function, Part
 from .errors import ReplayError
 from .replay import Ambient
+from .summing import Summing, can_sum
 
 Meta = tuple[torch.Size, torch.dtype, torch.device]
 SMALL = 4096  # bytes
@@ -56,12 +57,16 @@ class Span:
         begins: the first slot of each slice, and behind the last one.
         sizes: items per slice; empty if it was run whole.
         needs_grad: of each tensor in each of its results.
+        summed: whether the gradients of weights that its slices read are summed in place.
+        joined: shape and strides of the results of all its slices together.
     """
 
     ambient: Ambient
     begins: list[int]
     sizes: list[int] = field(default_factory=list)
     needs_grad: list[list[bool]] = field(default_factory=list)
+    summed: bool = False
+    joined: list[tuple[torch.Size, tuple[int, ...]]] = field(default_factory=list)
 
 
 class Trace:
@@ -133,11 +138,15 @@ class Trace:
             span.begins.append(len(self.saved))
             return results
         rows = []
+        span.summed = can_sum()
+        summing = Summing() if span.summed else nullcontext()
         for row in slicing.cut(reads, span.sizes):
-            with saved_tensors_hooks(pack, unpacked):
+            with saved_tensors_hooks(pack, unpacked), summing:
                 rows.append(slicing.function(root, *row))
             span.begins.append(len(self.saved))
-        return slicing.join(rows)
+        results = slicing.join(rows)
+        span.joined = [(result.shape, result.stride()) for result in results]
+        return results
 
     def cheap(self, number: int) -> int:
         """Up to how many bytes a tensor that a part saves is kept instead of made again.
@@ -214,10 +223,9 @@ class Again:
         self._left = set(range(len(trace.saved)))
         self._behind = len(trace.spans)  # parts in front of it may be run again for their gradient
         self._values: list[Any] = [*inputs]
-        # Results of slices, by part.
-        self._rows: dict[int, dict[int, Sequence[Any]]] = {
-            number: {} for number in range(len(trace.spans))
-        }
+        # By part, the results of slices laid together, and which are there.
+        self._joined: dict[int, list[torch.Tensor]] = {}
+        self._there: dict[int, set[int]] = {number: set() for number in range(len(trace.spans))}
 
     @property
     def exhausted(self) -> bool:
@@ -229,6 +237,15 @@ class Again:
         """Whether all that is dear for its result is there: every slice of every part."""
         spans = enumerate(self.trace.spans)
         return all(self._is_there(number) for number, span in spans if span.sizes or number == 0)
+
+    @property
+    def spare(self) -> bool:
+        """Whether its result, once it was given away, is read by nobody else.
+
+        What slices were laid together in is no tensor that autograd has saved.
+        """
+        parts = self.trace.body.parts
+        return bool(self.trace.spans[-1].sizes) and parts[-1].writes == self.trace.body.outputs
 
     def take(self, slot: int) -> tuple[torch.Tensor, int]:
         """What the first run would have saved in a slot, and its version, brought back if need be.
@@ -284,7 +301,7 @@ class Again:
         for before in range(number):
             span = self.trace.spans[before]
             for index in range(max(1, len(span.sizes))):
-                if not self._is_there(before) and index not in self._rows[before]:
+                if not self._is_there(before) and index not in self._there[before]:
                     apart = self.trace.body.parts[before].apart
                     self._run(before, index, collect and not span.sizes and not apart)
 
@@ -305,16 +322,26 @@ class Again:
         if results is None or self._is_there(number):
             return
         if span.sizes:
-            assert part.slicing is not None, "only what has a slicing was cut"
-            rows = self._rows[number]
-            rows[index] = [value.detach() for value in results]
-            if len(rows) < len(span.sizes):
+            self._lay(number, index, results)
+            if len(self._there[number]) < len(span.sizes):
                 return
-            with torch.no_grad():
-                results = part.slicing.join([rows[place] for place in range(len(rows))])
-            self._rows[number] = {}
+            results = self._joined.pop(number)
+            self._there[number] = set()
         flagged = map(_flagged, results, span.needs_grad)
         _put(self._values, part.writes, list(flagged))
+
+    def _lay(self, number: int, index: int, results: Sequence[torch.Tensor]) -> None:
+        """Put the results of a slice where they are in those of the whole part."""
+        slicing, span = self.trace.body.parts[number].slicing, self.trace.spans[number]
+        assert slicing is not None, "only what has a slicing was cut"
+        if number not in self._joined:
+            self._joined[number] = [
+                value.new_empty_strided(*form)
+                for value, form in zip(results, span.joined, strict=True)
+            ]
+        with torch.no_grad():
+            slicing.lay(self._joined[number], results, span.sizes, index)
+        self._there[number].add(index)
 
     def _again(
         self,
@@ -346,6 +373,7 @@ class Again:
             stack.enter_context(torch.set_grad_enabled(record))
             if record:
                 stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
+                stack.enter_context(Summing(pack) if span.summed else nullcontext())
             results: Sequence[Any] | None
             try:
                 results = function(self.root, *reads) if span.sizes else function(self.root, reads)

@@ -473,9 +473,8 @@ class ChainCall:
             walk.previous = state_of(record.before, self._name(walk.front))
         elif walk.front > 0:
             (branch,) = walk.again.result(collect)
-            coupling = frame.coupling
-            walk.previous = coupling.retreat(
-                following, walk.current, branch, record.draw, record.lost
+            walk.previous = frame.coupling.retreat(
+                following, walk.current, branch, record.draw, record.lost, walk.again.spare
             )
 
     def _name(self, index: int) -> str:

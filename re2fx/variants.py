@@ -98,6 +98,7 @@ def constant(rewired: Rewired, model: nn.Module, couplings: PerChain) -> Rewired
 
 
 Frame = Callable[..., tuple[Framed, MemoryPlan]]
+Planned = dict[tuple[bool, "torch.dtype | None"], tuple[Framed, MemoryPlan]]
 
 
 def unplanned(*arguments: Any) -> tuple[Framed, MemoryPlan]:
@@ -138,6 +139,7 @@ class Variant:
         marked: per mode and memory the network that the compiled executor traces.
         framed: per mode the frames that were planned.
         memory_plans: per mode what was planned, to be read.
+        planned: both per mode and dtype of autocast, also those that are not in use now.
     """
 
     inputs: InputSpec
@@ -150,6 +152,7 @@ class Variant:
     marked: dict[tuple[bool, bool], Callable[..., Any]] = field(default_factory=dict)
     framed: dict[bool, Framed] = field(default_factory=dict)
     memory_plans: dict[bool, MemoryPlan] = field(default_factory=dict)
+    planned: Planned = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.couplings = self.rewired[True].couplings
@@ -221,7 +224,7 @@ class Variant:
         }
         self.forget()
         if len(programs) < len(self.rewired):
-            self.framed, self.memory_plans = {}, {}
+            self.framed, self.memory_plans, self.planned = {}, {}, {}
         self.programs.update(programs)
         self.couplings = couplings
 
@@ -252,18 +255,19 @@ class Variant:
                 self.programs[mode] = executors.outline(*given)
         return self.programs[mode]
 
-    def plan_as(self, framed: dict[bool, Framed], memory_plans: dict[bool, MemoryPlan]) -> None:
-        """Take over what was planned for some modes."""
-        for mode in framed:
+    def plan_as(self, mode: bool, planned: tuple[Framed, MemoryPlan]) -> MemoryPlan:
+        """Use what was planned for a mode."""
+        framed, plan = planned
+        if self.memory_plans.get(mode) is not plan:
             self.programs.pop(mode, None)
-        self.framed.update(framed)
-        self.memory_plans.update(memory_plans)
+            self.framed[mode], self.memory_plans[mode] = framed, plan
+        return plan
 
     def unframe(self) -> None:
         """Forget what was planned."""
         for mode in self.framed:
             self.programs.pop(mode, None)
-        self.framed, self.memory_plans = {}, {}
+        self.framed, self.memory_plans, self.planned = {}, {}, {}
 
     def mark(self, key: tuple[bool, bool], model: nn.Module, executors: Executors) -> None:
         """Make the code of a mode and a memory with the streams marked."""

@@ -6,7 +6,7 @@ Each rule here was read off torch's profiler: the operator was run alone under
 inside it were matched with the sizes of its operands (torch 2.13, x86 with AVX-512, one thread and
 two). Operators without a rule were seen to allocate their results only, or a few values per row.
 
-CPU only: a CUDA kernel's workspace is its library's choice and not modelled.
+This is the CPU's; CUDA's kernels are in `re2fx.workspace_cuda`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import workspace_cuda
+
 Rule = Callable[[Sequence[Any], Sequence[Tensor]], int]
 
 LANES = 16  # channels of a block in oneDNN's layouts, fp32 with AVX-512
 
 
-def rule_of(func: Any) -> Rule | None:
-    """The rule for an operator, if it allocates more than its results.
+def rule_of(func: Any, device: str = "cpu") -> Rule | None:
+    """The rule for an operator, if it allocates more than its results on a type of device.
 
     The rule is ``rule(args, outputs) -> bytes`` beyond the outputs, at the operator's worst moment.
     """
+    if device != "cpu":
+        return workspace_cuda.RULES.get(func.overloadpacket) if device == "cuda" else None
     found = _RULES.get(func.overloadpacket)
     if found is None and torch.Tag.pointwise in func.tags:
         return _casts

@@ -29,7 +29,8 @@ def weighted(output: Any) -> Tensor:
     """A generic linear functional of all outputs."""
     total = torch.zeros(())
     for leaf in pytree.tree_leaves(output):
-        weights = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view_as(leaf)
+        weights = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+        weights = weights.view_as(leaf)
         total = total + (leaf * weights).sum()
     return total
 

@@ -131,4 +131,5 @@ def test_on_cuda() -> None:
         return second
 
     found = re2fx.peak(run, "cuda")
-    assert (found.peak, found.end) == (3 * 2**22, 2 * 2**22)
+    # A block is not divided for the sake of less than 1 MiB.
+    assert (found.peak, found.end) == pytest.approx((3 * 2**22, 2 * 2**22), abs=2**21)

@@ -224,6 +224,22 @@ def test_autocast() -> None:
     assert rev.plan_memory(X.float()).stored.peak.peak != plan.stored.peak.peak
 
 
+def test_autocast_is_planned_for_where_it_is_met() -> None:
+    """Once for each; a transform outside of the training's autocast does no harm."""
+    rev: Any = re2fx.transform(Transformer(width=16, depth=1), X.float(), memory="lowest")
+    plans = [rev.memory_plan]
+    for _ in range(2):
+        for enabled in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled):
+                rev(X.float()).float().sum().backward()
+            plans.append(rev.memory_plan)
+    assert plans[1].stored.peak.peak != plans[0].stored.peak.peak
+    assert plans[2] is plans[4] is plans[0]
+    assert plans[3] is plans[1]
+    again = copy.deepcopy(rev)
+    assert again.memory_plan.predicted == plans[0].predicted
+
+
 def test_a_checkpoint_around_the_first_call() -> None:
     """What is planned in there is none of its business."""
     for reentrant in (True, False):

@@ -120,7 +120,7 @@ def assert_close(got: Step, expected: Step, tolerance: float) -> None:
             assert (gradient - reference).norm() <= tolerance * reference.norm(), name
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "slowfast_r50", "swin_t"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "swin_t"])
 def test_assigned_parameters_are_used_by_the_branches(name: str) -> None:
     """`load_state_dict(assign=True)` puts other tensors in the place of all parameters."""
     animal = ZOO[name]

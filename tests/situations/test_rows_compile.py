@@ -140,6 +140,7 @@ def test_regions_run_what_ran_in_the_forward(executor: str) -> None:
 
 
 @row(20, eager=None)
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 def test_reduce_overhead(executor: str) -> None:
     """On a GPU with CUDA graphs, on a CPU without: the same network over several steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
