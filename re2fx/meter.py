@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import workspace, workspace_cuda
 from .accumulation import Holders, alike, from_engine, holders
-from .workspace import Rule, nbytes, rule_of
-from .workspace_cuda import allocated
+from .workspace import Rule, nbytes
 
 _A = torch.ops.aten
+_RULES = {"cpu": workspace.rule_of, "cuda": workspace_cuda.rule_of}
 _UNWRITTEN = {_A.empty, _A.empty_strided, _A.empty_like, _A.new_empty, _A.new_empty_strided}
 
 
@@ -32,10 +33,10 @@ class _Kind:
 
 @cache
 def _kind(func: Any, device: str) -> _Kind:
-    packet = func.overloadpacket
+    packet, rule_of = func.overloadpacket, _RULES.get(device)
     formula = _formulas().get(packet)
     moves = formula is None and not func.is_view and packet not in _UNWRITTEN
-    return _Kind(formula, moves, rule_of(func, device))
+    return _Kind(formula, moves, rule_of(func) if rule_of else None)
 
 
 @cache
@@ -166,7 +167,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _allocated(self, size: int) -> int:
         """Bytes that a request takes."""
-        return allocated(size) if self.device.type == "cuda" else size
+        return workspace_cuda.allocated(size) if self.device.type == "cuda" else size
 
     def enter(self, place: str) -> None:
         """Note the frame that is brought back."""

@@ -18,20 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import workspace_cuda
-
 Rule = Callable[[Sequence[Any], Sequence[Tensor]], int]
 
 LANES = 16  # channels of a block in oneDNN's layouts, fp32 with AVX-512
 
 
-def rule_of(func: Any, device: str = "cpu") -> Rule | None:
-    """The rule for an operator, if it allocates more than its results on a type of device.
+def rule_of(func: Any) -> Rule | None:
+    """The rule for an operator, if it allocates more than its results.
 
     The rule is ``rule(args, outputs) -> bytes`` beyond the outputs, at the operator's worst moment.
     """
-    if device != "cpu":
-        return workspace_cuda.RULES.get(func.overloadpacket) if device == "cuda" else None
     found = _RULES.get(func.overloadpacket)
     if found is None and torch.Tag.pointwise in func.tags:
         return _casts
@@ -48,7 +44,7 @@ def _copy(tensor: Tensor) -> int:
     return 0 if tensor.is_contiguous() else nbytes(tensor)
 
 
-def _copies(*places: int) -> Rule:
+def copies(*places: int) -> Rule:
     """The kernel makes some of its arguments contiguous first."""
     return lambda args, _: sum(_copy(args[place]) for place in places)
 
@@ -76,7 +72,7 @@ def _safe_softmax(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     return max(_copy(args[0]), entries + rows)
 
 
-def _roll(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
+def roll(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     """One dimension after the other; the intermediate results are held until the last."""
     return max(0, len(args[1]) - 1) * nbytes(outputs[0])
 
@@ -272,20 +268,20 @@ def _convolution_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int
 
 _A = torch.ops.aten
 _RULES: dict[Any, Rule] = {
-    _A.native_layer_norm: _copies(0),
-    _A.native_layer_norm_backward: _copies(0, 1),
+    _A.native_layer_norm: copies(0),
+    _A.native_layer_norm_backward: copies(0, 1),
     _A.native_batch_norm_backward: lambda args, _: nbytes(args[0]),  # a second gradient
-    _A._softmax: _copies(0),
-    _A._log_softmax: _copies(0),
-    _A._softmax_backward_data: _copies(0, 1),
-    _A._log_softmax_backward_data: _copies(0, 1),
+    _A._softmax: copies(0),
+    _A._log_softmax: copies(0),
+    _A._softmax_backward_data: copies(0, 1),
+    _A._log_softmax_backward_data: copies(0, 1),
     _A._safe_softmax: _safe_softmax,
     _A.logsumexp: lambda args, _: nbytes(args[0]),
     _A.native_dropout: lambda args, _: nbytes(args[0]),
-    _A.roll: _roll,
-    _A.index_select: _copies(0),
-    _A.embedding_dense_backward: _copies(0),
-    _A.reflection_pad2d: _copies(0),
+    _A.roll: roll,
+    _A.index_select: copies(0),
+    _A.embedding_dense_backward: copies(0),
+    _A.reflection_pad2d: copies(0),
     _A.upsample_bilinear2d: _bilinear,
     _A.where: _where,
     _A._scaled_dot_product_flash_attention_for_cpu: _flash,

@@ -8,7 +8,7 @@ is its own choice and not modelled; cuBLAS keeps its workspace between steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rule = Callable[[Sequence[Any], Sequence[Tensor]], int]
+from .workspace import Rule, copies, nbytes, roll
 
 MIB = 2**20
 GRAIN, LARGE = 512, 10 * MIB  # bytes of a block; from where on blocks have segments of their own
@@ -34,31 +34,20 @@ def allocated(size: int) -> int:
     return segment if size >= LARGE and segment - size <= MIB else size
 
 
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _copies(*places: int) -> Rule:
-    """The kernel makes some of its arguments contiguous first."""
-    return lambda args, _: sum(
-        0 if args[place].is_contiguous() else _nbytes(args[place]) for place in places
-    )
+def rule_of(func: Any) -> Rule | None:
+    """The rule for an operator, as `re2fx.workspace.rule_of` has them for the CPU."""
+    return _RULES.get(func.overloadpacket)
 
 
 def _softmax_backward(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     """The product of the gradient and the result, besides copies."""
-    return _copies(0, 1)(args, outputs) + _nbytes(args[0])
+    return copies(0, 1)(args, outputs) + nbytes(args[0])
 
 
 def _safe_softmax(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
     """A mask of the entries that are -inf, and one of the rows."""
     entries = outputs[0].numel()
     return entries + entries // max(1, int(outputs[0].shape[args[1]]))
-
-
-def _roll(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
-    """One dimension after the other; the intermediate results are held until the last."""
-    return max(0, len(args[1]) - 1) * _nbytes(outputs[0])
 
 
 def _in_single(place: int) -> Rule:
@@ -191,18 +180,18 @@ def _sum(args: Sequence[Any], outputs: Sequence[Tensor]) -> int:
 
 
 _A = torch.ops.aten
-RULES: dict[Any, Rule] = {
+_RULES: dict[Any, Rule] = {
     _A.sum: _sum,
     _A.mean: _sum,
-    _A.native_layer_norm: _copies(0),
-    _A.native_layer_norm_backward: _copies(0, 1),
-    _A._softmax: _copies(0),
-    _A._log_softmax: _copies(0),
+    _A.native_layer_norm: copies(0),
+    _A.native_layer_norm_backward: copies(0, 1),
+    _A._softmax: copies(0),
+    _A._log_softmax: copies(0),
     _A._softmax_backward_data: _softmax_backward,
-    _A._log_softmax_backward_data: _copies(0, 1),
+    _A._log_softmax_backward_data: copies(0, 1),
     _A._safe_softmax: _safe_softmax,
-    _A.logsumexp: lambda args, _: _nbytes(args[0]),
-    _A.roll: _roll,
+    _A.logsumexp: lambda args, _: nbytes(args[0]),
+    _A.roll: roll,
     _A.embedding_dense_backward: _embedding_backward,
     _A._scaled_dot_product_cudnn_attention_backward: _in_single(1),
     _A._scaled_dot_product_flash_attention_backward: _flash_backward,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import re2fx
-from re2fx.workspace import nbytes, rule_of
-from re2fx.workspace_cuda import allocated
+from re2fx.workspace import nbytes
+from re2fx.workspace_cuda import allocated, rule_of
 
 from .compare import weighted
 from .models import ConvNet, Net
@@ -238,7 +238,7 @@ def kernels() -> dict[str, tuple[Any, list[Any]]]:
 def test_what_a_kernel_takes(name: str) -> None:
     func, args = kernels()[name]
     func(*args)
-    rule = rule_of(func, "cuda")
+    rule = rule_of(func)
     assert rule is not None
     found: list[Any] = []
     real = re2fx.peak(lambda: found.append(func(*args)), "cuda").peak

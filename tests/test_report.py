@@ -21,6 +21,7 @@ import re2fx
 from re2fx.memory import live_bytes, saved_bytes
 from re2fx.parts import FAMILY, part_rows
 from re2fx.report import report
+from re2fx.snapshot import Snapshot
 from re2fx.tally import Place
 from re2fx.verdict import size
 
@@ -473,6 +474,9 @@ def test_a_model_on_meta_may_have_running_statistics() -> None:
     with torch.device("meta"):
         model = Counting().train()
     assert report(model, torch.empty(BATCH, WIDTH, device="meta")) == expected
+    before = {name: id(buffer) for name, buffer in model.named_buffers()}
+    Snapshot(model, {}).restore()  # as after a trial run, which compares values
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == before
 
 
 # what cannot be reversed, and what cannot be reported

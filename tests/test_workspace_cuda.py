@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from re2fx.workspace import rule_of
-from re2fx.workspace_cuda import MIB, Reduction, allocated
+from re2fx import workspace
+from re2fx.workspace_cuda import MIB, Reduction, allocated, rule_of
 
 H100 = 132, 2048  # multiprocessors, threads of each
 
@@ -63,12 +63,10 @@ def test_blocks_of_the_caching_allocator(size: int, expected: int) -> None:
 
 def test_each_device_has_its_rules() -> None:
     aten: Any = torch.ops.aten
-    assert rule_of(aten._softmax_backward_data.default, "cuda") is not None
-    assert rule_of(aten.sum.dim_IntList, "cuda") is not None
-    assert rule_of(aten.sum.dim_IntList) is None
-    assert rule_of(aten.sum.dim_IntList, "mps") is None
+    assert rule_of(aten.sum.dim_IntList) is not None
+    assert workspace.rule_of(aten.sum.dim_IntList) is None
     grad = empty(4, 8, 8, dtype=torch.float32)
-    rule = rule_of(aten._softmax_backward_data.default, "cuda")
+    rule = rule_of(aten._softmax_backward_data.default)
     assert rule is not None
     assert rule([grad, grad, -1, grad.dtype], [grad]) == 4 * grad.numel()
     turned = grad.transpose(0, 1)
