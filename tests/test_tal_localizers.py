@@ -12,6 +12,7 @@ import torch
 from benchmarks.tal.actionformer import ActionFormer, ActionFormerConfig
 from benchmarks.tal.localizer import Localizer, Targets
 from benchmarks.tal.vsgn import VSGN, VSGNConfig
+from benchmarks.tal.vsgn_stitched import StitchedVSGN
 
 from .tal_features import gradients_are_finite, targets_of
 
@@ -22,6 +23,7 @@ LOCALIZERS: dict[str, Make] = {
     "actionformer": lambda **changes: ActionFormer(replace(FORMER, **changes)),
     "exponential": lambda **changes: ActionFormer(replace(FORMER, distance="exp", **changes)),
     "vsgn": lambda **changes: VSGN(replace(GRAPH, **changes)),
+    "stitched": lambda **changes: StitchedVSGN(replace(GRAPH, **changes)),
 }
 each = pytest.mark.parametrize("name", LOCALIZERS)
 

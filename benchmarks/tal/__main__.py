@@ -30,7 +30,8 @@ from rich.progress import Progress
 from benchmarks.common import progress, write_results
 
 from . import costs, jobs
-from .compare import BACKBONES, Comparison
+from .backbones import BACKBONES
+from .compare import COMPARED, Comparison
 from .entries import ENTRIES, LOCALIZERS
 from .metrics import evaluate
 from .presets import PRESETS
@@ -40,7 +41,10 @@ from .stages import Stages, detections_of
 from .synthesis import render_clips, render_localization
 
 # Videos to train on, videos to search, and clips per class, of the small setting.
-SIZES = (160, 64, 150)
+SIZES = (160, 128, 150)
+# Of the untrimmed videos and of the clips. The recipe was found on other seeds, so that what is
+# searched here has decided nothing.
+SEEDS = (11, 12)
 # Calmer than by default: two cores have minutes, not days, to learn from random weights.
 RENDERING = Rendering(
     size=32, duration=(14.0, 18.0), action=(1.5, 4.0), idle=(0.5, 2.5), bystanders=1, dark=0.0,
@@ -56,8 +60,8 @@ def main() -> None:
     setting = adjusted(PRESETS[options.preset](options.folder), options.set)
     console = Console(stderr=True)
     comparison = Comparison(
-        setting, options.folder / "runs", options.backbones, options.entries, options.localizers,
-        tuple(range(options.seeds)),
+        setting, options.folder / "runs", options.backbones or setting.backbones,
+        options.entries, options.localizers, tuple(range(options.seeds)),
     )  # fmt: skip
     warnings.simplefilter("default")
     leads = comparison.leads
@@ -79,7 +83,7 @@ def adjusted(setting: Setting, changes: list[str]) -> Setting:
         name, _, text = change.partition("=")
         outer, _, inner = name.rpartition(".")
         target: Any = getattr(setting, outer, None) if outer else setting
-        if not hasattr(target, inner) or not text:
+        if not isinstance(getattr(target, inner, None), str | int | float | Path) or not text:
             raise SystemExit(f"--set {change}: the setting has no {name!r}")
         present = getattr(target, inner)
         try:
@@ -97,10 +101,14 @@ def rendered(folder: Path, say: Callable[[str], None]) -> None:
     if not (folder / "annotations.json").exists():
         say(f"rendering videos to {folder}")
         render_localization(
-            folder, training=SIZES[0], validation=SIZES[1], seed=0, rendering=RENDERING
+            folder,
+            training=SIZES[0],
+            validation=SIZES[1],
+            seed=SEEDS[0],
+            rendering=RENDERING,
         )
     if not (folder / "clips.json").exists():
-        render_clips(folder, per_class=SIZES[2], seed=1, rendering=CLIPS)
+        render_clips(folder, per_class=SIZES[2], seed=SEEDS[1], rendering=CLIPS)
 
 
 Stage = Callable[[Comparison, Any, Progress | None, Callable[[str], None]], None]
@@ -203,9 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--folder", type=Path, default=Path("runs/tal"), help="of everything")
-    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, help="the preset's by default")
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--localizers", nargs="+", choices=LOCALIZERS, default=list(LOCALIZERS))
+    parser.add_argument("--localizers", nargs="+", choices=LOCALIZERS, default=list(COMPARED))
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes of one thread that share out a comparison"

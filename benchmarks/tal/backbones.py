@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from benchmarks.torchvision_shim import ensure_torchvision
 
 Build = Callable[[], nn.Module]
+# The depths whose weights pytorchvideo has.
+SLOWFAST_WEIGHTS = (50, 101)
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,12 @@ class Backbone:
     Attributes:
         family: ``"swin"`` or ``"slowfast"``.
         words: what it is, for tables.
-        build: makes the network with random weights, given frames ``(B, 3, T, H, W)``, giving
-            features ``(B, channels, T / stride)``.
+        build: makes the network, given frames ``(B, 3, T, H, W)``, giving features ``(B, channels,
+            T / stride)``.
         channels: of its features.
         stride: frames per feature.
         frames, pixels: of the clips that it is meant for.
+        pretrained: whether `build` gives it weights of its package instead of random ones.
     """
 
     family: str
@@ -42,6 +45,7 @@ class Backbone:
     stride: int
     frames: int
     pixels: int
+    pretrained: bool = False
 
     def example(self, batch: int = 1) -> Tensor:
         """Random frames of its size."""
@@ -95,23 +99,53 @@ class SlowFast(nn.Module):
 # full size
 
 
-def swin(variant: str, frames: int = 768, pixels: int = 224) -> Backbone:
-    """``swin3d_t``, ``swin3d_s`` or ``swin3d_b`` of torchvision."""
+def swin(variant: str, frames: int = 768, pixels: int = 224, weights: bool = False) -> Backbone:
+    """``swin3d_t``, ``swin3d_s`` or ``swin3d_b`` of torchvision.
+
+    Args:
+        variant: ``"t"``, ``"s"`` or ``"b"``.
+        frames: of the clips.
+        pixels: height and width of these.
+        weights: whether to take torchvision's, of Kinetics-400; they are downloaded once.
+    """
 
     def build() -> nn.Module:
         ensure_torchvision()
         from torchvision.models import video
 
-        return Swin(getattr(video, f"swin3d_{variant}")(weights=None))
+        return Swin(getattr(video, f"swin3d_{variant}")(weights="DEFAULT" if weights else None))
 
     channels = {"t": 768, "s": 768, "b": 1024}[variant]
-    return Backbone("swin", f"swin3d_{variant}", build, channels, 2, frames, pixels)
+    words = f"swin3d_{variant}"
+    return Backbone("swin", words, build, channels, 2, frames, pixels, pretrained=weights)
 
 
-def slowfast(depth: int, frames: int = 768, pixels: int = 224) -> Backbone:
-    """SlowFast 8x8 on a ResNet of 50, 101 or 152 layers."""
-    build = partial(_slowfast, {"model_depth": depth})
-    return Backbone("slowfast", f"SlowFast-R{depth}", build, 2048 + 256, 4, frames, pixels)
+def slowfast(depth: int, frames: int = 768, pixels: int = 224, weights: bool = False) -> Backbone:
+    """SlowFast 8x8 on a ResNet of 50, 101 or 152 layers.
+
+    Args:
+        depth: of the ResNet.
+        frames: of the clips.
+        pixels: height and width of these.
+        weights: whether to take pytorchvideo's, of Kinetics-400, which there are for 50 and 101
+            layers; they are downloaded once.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if weights and depth not in SLOWFAST_WEIGHTS:
+        raise ValueError(f"no weights of SlowFast-R{depth}, but of {SLOWFAST_WEIGHTS}")
+
+    def build() -> nn.Module:
+        ensure_torchvision()
+        from pytorchvideo.models import hub
+
+        if depth not in SLOWFAST_WEIGHTS:
+            return _slowfast({"model_depth": depth})
+        return SlowFast(getattr(hub, f"slowfast_r{depth}")(pretrained=weights))
+
+    words = f"SlowFast-R{depth}"
+    return Backbone("slowfast", words, build, 2304, 4, frames, pixels, pretrained=weights)
 
 
 def _slowfast(options: dict[str, Any]) -> nn.Module:
@@ -125,9 +159,9 @@ def _slowfast(options: dict[str, Any]) -> nn.Module:
 
 
 def small_swin(
-    depths: tuple[int, ...] = (2, 4), width: int = 24, frames: int = 128, pixels: int = 32
+    depths: tuple[int, ...] = (2, 2, 2), width: int = 24, frames: int = 128, pixels: int = 32
 ) -> Backbone:
-    """A Video Swin of two stages: windows of 8 frames and 4 x 4 patches.
+    """A Video Swin on patches of 2 x 2 pixels: windows of 8 frames and 4 x 4 patches.
 
     Its linear layers start as wide as Glorot and Bengio (AISTATS 2010) say: torchvision's standard
     deviation of 0.02 suits layers of hundreds of channels and leaves narrow ones all but silent.
@@ -137,10 +171,10 @@ def small_swin(
         ensure_torchvision()
         from torchvision.models.video import SwinTransformer3d
 
-        heads = [2 * 2**stage for stage in range(len(depths))]
         network = SwinTransformer3d(
-            patch_size=[2, 4, 4], embed_dim=width, depths=[*depths], num_heads=heads,
-            window_size=[8, 4, 4], mlp_ratio=2.0, stochastic_depth_prob=0.0,
+            patch_size=[2, 2, 2], embed_dim=width, depths=[*depths],
+            num_heads=[2**stage for stage in range(len(depths))], window_size=[8, 4, 4],
+            mlp_ratio=2.0, stochastic_depth_prob=0.0,
         )  # fmt: skip
         for module in network.modules():
             if isinstance(module, nn.Linear):
@@ -168,3 +202,11 @@ def small_slowfast(
     channels = 32 * width + 8 * width
     words = f"SlowFast-R{depth} of width {width}"
     return Backbone("slowfast", words, partial(_slowfast, options), channels, 4, frames, pixels)
+
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "swin": small_swin,
+    "slowfast": small_slowfast,
+    **{f"swin3d_{variant}": partial(swin, variant, weights=True) for variant in "tsb"},
+    **{f"slowfast_r{depth}": partial(slowfast, depth, weights=True) for depth in SLOWFAST_WEIGHTS},
+}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from .backbones import Backbone, small_slowfast, small_swin
+from .backbones import BACKBONES
 from .engine import Group
 from .entries import ENTRIES, LOCALIZERS
 from .metrics import Detection
@@ -20,7 +20,8 @@ from .setting import VALIDATION, Setting
 from .stages import Stages, detections_of
 
 Row = dict[str, Any]
-BACKBONES: dict[str, Callable[[], Backbone]] = {"swin": small_swin, "slowfast": small_slowfast}
+# The localizers of the comparison; video self-stitching is an option of `vsgn`.
+COMPARED = ("actionformer", "vsgn")
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Comparison:
 
     setting: Setting
     folder: Path
-    backbones: Sequence[str] = tuple(BACKBONES)
+    backbones: Sequence[str] = ("swin", "slowfast")
     entries: Sequence[str] = tuple(ENTRIES)
-    localizers: Sequence[str] = tuple(LOCALIZERS)
+    localizers: Sequence[str] = COMPARED
     seeds: Sequence[int] = (0, 1, 2)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from .actionformer import ActionFormer, ActionFormerConfig
 from .backbones import Backbone
 from .localizer import Localizer
 from .vsgn import VSGN, VSGNConfig
+from .vsgn_stitched import StitchedVSGN
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,48 @@ def _vsgn(channels: int, classes: int) -> Localizer[Any]:
     return VSGN(VSGNConfig(channels, classes))
 
 
+def _stitched(channels: int, classes: int) -> Localizer[Any]:
+    return StitchedVSGN(VSGNConfig(channels, classes))
+
+
 LOCALIZERS = {
     "actionformer": Kind("ActionFormer", _actionformer),
     "vsgn": Kind("VSGN", _vsgn),
+    "vsgn_stitched": Kind("VSGN, stitched", _stitched),
 }
 
 
 class Classifier(nn.Module):
-    """A backbone that names a clip: the mean of its features over time, and a linear layer."""
+    """A backbone that names a clip: the mean of its features over time, and a linear layer.
+
+    Attributes:
+        fixed: whether the backbone stays in eval mode and is not trained.
+    """
 
     def __init__(self, backbone: nn.Module, channels: int, classes: int) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.fixed = backbone, False
         self.head = nn.Linear(channels, classes)
 
     @classmethod
     def of(cls, kind: Backbone, classes: int) -> Classifier:
-        """With random weights."""
+        """With random weights, or those that the backbone's package has."""
         return cls(kind.build(), kind.channels, classes)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Logits ``(B, classes)`` of frames ``(B, 3, T, H, W)``."""
         logits: Tensor = self.head(self.backbone(frames).mean(-1))
         return logits
+
+    def fix(self) -> Self:
+        """Train the linear layer alone from now on."""
+        self.fixed = True
+        self.backbone.requires_grad_(False).eval()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`, but for a fixed backbone."""
+        super().train(mode)
+        if self.fixed:
+            self.backbone.eval()
+        return self

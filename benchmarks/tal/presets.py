@@ -8,6 +8,10 @@ from .engine import Training
 from .metrics import ACTIVITYNET, THUMOS
 from .setting import Setting
 
+# With the weights of their packages, on which only a classifier is trained before they are rewired.
+FULL_SIZE = ("swin3d_t", "slowfast_r101")
+HEAD = Training(epochs=2, batch=8, rate=1e-3, bf16=True)
+
 
 def small(folder: Path) -> Setting:
     """Rendered digits, on two CPU cores."""
@@ -21,9 +25,9 @@ def small(folder: Path) -> Setting:
         pixels=32,
         clip_frames=16,
         remembered=True,
-        pretraining=Training(epochs=20, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
-        finetuning=Training(epochs=5, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
-        training=Training(epochs=10, batch=2, rate=1e-3, backbone_rate=1e-3, workers=0),
+        pretraining=Training(epochs=25, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
+        finetuning=Training(epochs=2, batch=8, rate=1e-3, backbone_rate=1e-3, workers=0),
+        training=Training(epochs=6, batch=2, rate=1e-3, backbone_rate=1e-3, workers=0),
     )
 
 
@@ -39,6 +43,8 @@ def activitynet(folder: Path) -> Setting:
         pixels=224,
         clip_frames=32,
         thresholds=ACTIVITYNET,
+        backbones=FULL_SIZE,
+        pretraining=HEAD,
         finetuning=Training(epochs=30, batch=8, rate=1e-4, backbone_rate=1e-4, bf16=True),
         training=Training(epochs=15, batch=2, rate=1e-3, backbone_rate=1e-5, bf16=True),
     )
@@ -58,6 +64,8 @@ def thumos(folder: Path) -> Setting:
         stride=384,
         clip_frames=32,
         thresholds=THUMOS,
+        backbones=FULL_SIZE,
+        pretraining=HEAD,
         finetuning=Training(epochs=30, batch=8, rate=1e-4, backbone_rate=1e-4, bf16=True),
         training=Training(epochs=40, batch=2, rate=1e-4, backbone_rate=1e-5, bf16=True),
     )

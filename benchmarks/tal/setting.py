@@ -33,9 +33,10 @@ class Setting:
         stride: frames from one window to the next where videos are searched.
         clip_frames: frames of a clip.
         remembered: whether decoded videos stay in memory; see `cuts.View`.
+        backbones: names of `backbones.BACKBONES`.
         thresholds: tIoU at which the average precision is taken.
-        pretraining, finetuning, training: of a backbone on clips, of a rewired backbone on clips,
-            of a localizer.
+        pretraining, finetuning, training: of a backbone on clips, or of a classifier on top of one
+            whose package has weights; of a rewired backbone on clips; of a localizer.
     """
 
     annotations: Path
@@ -49,6 +50,7 @@ class Setting:
     stride: int = 96
     clip_frames: int = 16
     remembered: bool = False
+    backbones: tuple[str, ...] = ("swin", "slowfast")
     thresholds: tuple[float, ...] = ACTIVITYNET
     pretraining: Training = field(default_factory=Training)
     finetuning: Training = field(default_factory=Training)
@@ -81,7 +83,7 @@ class Setting:
         view = View(self.clip_frames, self.pixels, remembered=self.remembered)
         return TrimmedClips(
             read(self.clips), self.clip_videos, view,
-            rate=self.rate, random=learning, flip=False, subset=subset, labels=labels,
+            rate=self.rate, random=learning, flip=learning, subset=subset, labels=labels,
         )  # fmt: skip
 
 

@@ -51,11 +51,16 @@ class Stages:
     # classification of clips
 
     def pretrain(self) -> Path:
-        """Train the backbone to name clips; the file of its weights and accuracy."""
+        """Train the backbone to name clips; the file of its weights and accuracy.
+
+        If it has its package's weights, only the classifier on top of it is trained.
+        """
         done = self.folder / "pretrained.pt"
         if not done.exists():
             torch.manual_seed(self.setting.pretraining.seed)
             model = Classifier.of(self.backbone, len(self.setting.trimmed("training").labels))
+            if self.backbone.pretrained:
+                model.fix()
             trainer = self._learn(model, self.setting.pretraining, done, "pretrain")
             self._keep(trainer.averaged, {"accuracy": self.accuracy(trainer.averaged)}, done)
         return done

@@ -60,6 +60,7 @@ class Properties:
         duration: in seconds.
         width: in pixels.
         height: in pixels.
+        tick: of the clock by which frames are shown, in seconds.
     """
 
     frames: int
@@ -67,6 +68,7 @@ class Properties:
     duration: float
     width: int
     height: int
+    tick: float
 
 
 def probe(path: str | Path) -> Properties:
@@ -78,7 +80,7 @@ def probe(path: str | Path) -> Properties:
     with _opened(path) as (container, stream):
         fps, duration = _rate(stream), _duration(container, stream)
         frames = stream.frames or round(duration * fps)
-        return Properties(frames, fps, duration, stream.width, stream.height)
+        return Properties(frames, fps, duration, stream.width, stream.height, _tick(stream))
 
 
 def decode(path: str | Path, times: Sequence[float], size: tuple[int, int] | None = None) -> Tensor:
@@ -123,7 +125,7 @@ class Memory:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
-        self.kept: dict[Path, tuple[Tensor, float]] = {}
+        self.kept: dict[Path, tuple[Tensor, Properties]] = {}
 
     def decode(self, path: Path, times: Sequence[float]) -> Tensor:
         """As `decode`, to (T, height, width, 3), uint8.
@@ -134,9 +136,10 @@ class Memory:
         if path not in self.kept:
             found = probe(path)
             middles = [(index + 0.5) / found.fps for index in range(max(found.frames, 1))]
-            self.kept[path] = decode(path, middles, self.size), found.fps
-        frames, fps = self.kept[path]
-        shown = (torch.tensor(times, dtype=torch.float64) * fps + EARLY).floor().long()
+            self.kept[path] = decode(path, middles, self.size), found
+        frames, told = self.kept[path]
+        early = min(0.5 * told.tick * told.fps, EARLY)
+        shown = (torch.tensor(times, dtype=torch.float64) * told.fps + early).floor().long()
         return frames[shown.clamp(0, len(frames) - 1)]
 
 
@@ -149,7 +152,7 @@ class _Reader:
     def __init__(self, path: str | Path, container: InputContainer, stream: VideoStream) -> None:
         self.path, self.container, self.stream = path, container, stream
         self.duration = _duration(container, stream)
-        self.tick = float(stream.time_base or Fraction(1, av.time_base))
+        self.tick = _tick(stream)
         self.start, self.index = stream.start_time or 0, stream.index_entries
         self.interval = 1 / _rate(stream) / self.tick
         self.early = min(0.5, EARLY * self.interval)
@@ -234,6 +237,11 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def _rate(stream: VideoStream) -> float:
     """Frames per second; 25 where the file knows none."""
     return float(stream.average_rate or stream.guessed_rate or 25)
+
+
+def _tick(stream: VideoStream) -> float:
+    """Seconds per tick of the stream's clock."""
+    return float(stream.time_base or Fraction(1, av.time_base))
 
 
 def _duration(container: InputContainer, stream: VideoStream) -> float:

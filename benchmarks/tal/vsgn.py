@@ -59,7 +59,7 @@ class VSGNConfig:
     positive: float = 0.5
     head_layers: int = 3
     prior: float = 0.01
-    weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    weights: tuple[float, float, float, float] = (8.0, 1.0, 1.0, 0.5)
     threshold: float = 0.001
 
 

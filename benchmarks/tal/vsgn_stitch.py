@@ -71,6 +71,11 @@ class Stitching:
         place = torch.arange(self.total, device=mask.device)
         return (place >= self.start).expand(len(mask), -1)
 
+    def twice(self, targets: Targets) -> Targets:
+        """The actions of clips, and the same in their magnified copies."""
+        both = [torch.cat([s, s * self.factor + self.start]) for s in targets.segments]
+        return Targets(both, [torch.cat([label, label]) for label in targets.labels])
+
 
 def stitch(
     clips: Tensor, mask: Tensor, targets: Targets, plan: Stitching, dim: int = -1
@@ -98,8 +103,7 @@ def stitch(
     copy = sample(flat, _magnified_centres(plan, clips), valid_length(mask))
     joined = torch.cat([F.pad(flat, (0, plan.gap)), copy], -1)
     stitched = joined.reshape(*time_last.shape[:-1], plan.total).movedim(-1, dim)
-    both = [torch.cat([s, s * plan.factor + plan.start]) for s in targets.segments]
-    return stitched, Targets(both, [torch.cat([label, label]) for label in targets.labels])
+    return stitched, plan.twice(targets)
 
 
 def _magnified_centres(plan: Stitching, clips: Tensor) -> Tensor:
