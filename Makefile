@@ -8,6 +8,7 @@
 # make sentences  set up, then try the couplings on a pretrained sentence encoder
 # make pareto  set up, then measure step time against peak next to checkpointing, render the results
 # make gpu     set up, then the same on a CUDA device, in bf16
+# make tal     set up, then localize actions end to end on rewired backbones, render the results
 # make bench   set up and run every benchmark (about 75 minutes on two cores), render the results
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test bench pareto frames gpu accuracy exactness sentences zoo situations fuzz pictures render format clean
+.PHONY: demo test bench pareto frames gpu tal accuracy exactness sentences zoo situations fuzz pictures render format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
@@ -79,6 +80,13 @@ frames: $(VENV)/.installed
 gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.render
+
+# Temporal action localization, from nothing to the tables (about 85 minutes on two cores); goes on
+# from what is known.
+tal: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.tal compare --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.tal costs
 	$(BIN)/python -m benchmarks.render
 
 # The pictures of what the tools show; needs Chromium for the page.

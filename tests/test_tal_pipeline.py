@@ -20,12 +20,12 @@ from torch import nn
 from benchmarks.tal import jobs
 from benchmarks.tal.__main__ import adjusted
 from benchmarks.tal.annotations import read
-from benchmarks.tal.backbones import Backbone, small_slowfast, small_swin
+from benchmarks.tal.backbones import Backbone, slowfast, small_slowfast, small_swin, swin
 from benchmarks.tal.batches import Sample
 from benchmarks.tal.compare import Comparison
 from benchmarks.tal.detector import detector_loss
 from benchmarks.tal.engine import Group, Trainer, Training, parameter_groups, schedule
-from benchmarks.tal.entries import ENTRIES, LOCALIZERS
+from benchmarks.tal.entries import ENTRIES, LOCALIZERS, Classifier
 from benchmarks.tal.pictures import plot_map, plot_timelines
 from benchmarks.tal.presets import small
 from benchmarks.tal.scene import Rendering
@@ -33,6 +33,7 @@ from benchmarks.tal.setting import Setting
 from benchmarks.tal.stages import Stages, detections_of
 from benchmarks.tal.synthesis import render_clips, render_localization
 from benchmarks.tal.tables import text_tal
+from benchmarks.torchvision_shim import ensure_torchvision
 from re2fx.zoo.steps import one_thread
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,66 @@ def test_backbones_keep_time(family: str) -> None:
     backbone = tiny(family)
     features = backbone.build()(backbone.example(2))
     assert features.shape == (2, backbone.channels, backbone.frames // backbone.stride)
+
+
+def test_of_a_backbone_with_its_packages_weights_only_the_classifier_is_pretrained(
+    setting: Setting, tmp_path: Path
+) -> None:
+    """Not even the statistics of its batch norms move."""
+    backbone = replace(tiny("slowfast"), pretrained=True)
+    given: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        given.append(tiny("slowfast").build())
+        return given[-1]
+
+    stages = Stages(setting, replace(backbone, build=build), tmp_path, Group())
+    done = torch.load(stages.pretrain(), weights_only=True)["model"]
+    for name, value in given[0].state_dict().items():
+        assert torch.equal(done[f"backbone.{name}"], value), name
+    torch.manual_seed(setting.pretraining.seed)
+    assert not torch.equal(Classifier.of(backbone, 8).head.weight, done["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("package", "backbone"),
+    [
+        ("torchvision.models._api", swin("t", weights=True)),
+        ("pytorchvideo.models.hub.slowfast", slowfast(50, weights=True)),
+    ],
+)
+def test_backbones_take_their_packages_weights(
+    package: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be downloaded is what they have."""
+    ensure_torchvision()
+    plain = swin("t") if backbone.family == "swin" else slowfast(50)
+    with torch.device("meta"):
+        names = [name for name in plain.build().state_dict() if "head" not in name]
+    loaded: list[dict[str, Any]] = []
+
+    def state(model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+
+    def load(url: str, **options: Any) -> dict[str, Any]:
+        found = state(swin3d_t()) if backbone.family == "swin" else state(create_slowfast())
+        loaded.append(found)
+        return found if backbone.family == "swin" else {"model_state": found}
+
+    from pytorchvideo.models.slowfast import create_slowfast
+    from torchvision.models.video import swin3d_t
+
+    monkeypatch.setattr(f"{package}.load_state_dict_from_url", load)
+    built = backbone.build().state_dict()
+    assert len(loaded) == 1
+    floats = [name for name in names if built[name].is_floating_point()]
+    assert floats
+    assert all((built[name] == 0.5).all() for name in floats)
+
+
+def test_there_are_no_weights_of_slowfast_152() -> None:
+    with pytest.raises(ValueError, match="no weights of SlowFast-R152"):
+        slowfast(152, weights=True)
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,9 @@ RENDERING = Rendering(
 # Trimmed clips show one digit alone, from a camera that hardly moves.
 CLIPS = replace(RENDERING, bystanders=0, texture=0.1, drift=0.1, shake=0.01, flicker=0.01)
 
+# Of timing the steps.
+ROUNDS = 7
+
 
 def main() -> None:
     """Command line."""
@@ -170,13 +173,22 @@ def _costs(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], 
 
 def measured_costs(comparison: Comparison) -> dict[str, Any]:
     """Bytes and step times of the chosen backbones."""
-    chosen = comparison.backbones
+    chosen, setting = comparison.backbones, comparison.setting
+    sized = {
+        name: replace(BACKBONES[name](), frames=setting.frames, pixels=setting.pixels)
+        for name in chosen
+    }
     small = [backbone for name in chosen for backbone in costs.SMALL[name]]
     papers = [backbone for name in chosen for backbone in costs.PAPERS[name]]
     return {
         "small": costs.depths(small, fake=False),
         "papers": costs.depths(papers, fake=True),
-        "times": {name: costs.step_times(BACKBONES[name](), 4, 5) for name in chosen},
+        "steps": [
+            {"backbone": name, **row}
+            for name, backbone in sized.items()
+            for localizer in comparison.localizers
+            for row in costs.steps(backbone, localizer, setting.training.batch, ROUNDS)
+        ],
     }
 
 

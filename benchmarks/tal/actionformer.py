@@ -1,8 +1,8 @@
 """ActionFormer: every cell of a feature pyramid is classified and regresses an action's ends.
 
 Zhang, Wu and Li, *ActionFormer: Localizing Moments of Actions with Transformers*, ECCV 2022. The
-pyramid (sec. 3.2) is in `actionformer_pyramid`, which cell learns what (sec. 3.4) in
-`actionformer_targets`, the heads (sec. 3.3), the loss and the inference (sec. 3.4) here.
+paper's encoder is in `actionformer_pyramid`, which cell learns what in `actionformer_targets`, its
+decoder, the loss and the inference here.
 
 Simplified: no position embedding, no stochastic depth, no label smoothing; the layer scales start
 at 0.1 as CaiT's do in shallow networks; actions shorter than a cell are learned as a cell long.
@@ -93,7 +93,7 @@ class ActionFormerPredictions:
 
 
 class Distances(nn.Module):
-    """The regression head, shared by the levels but for a factor each (sec. 3.3)."""
+    """The regression head, shared by the levels but for a factor each (the paper's decoder)."""
 
     def __init__(self, config: ActionFormerConfig) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class ActionFormer(Localizer[ActionFormerPredictions]):
         return ActionFormerPredictions(logits, offsets, masks, valid_length(mask))
 
     def losses(self, predictions: ActionFormerPredictions, targets: Targets) -> dict[str, Tensor]:
-        """Focal loss of all valid cells and DIoU loss of those that learn an action (sec. 3.4).
+        """Focal loss of all valid cells and DIoU loss of those that learn an action.
 
         Both are divided by the running number of the latter, which moves at every call in training
         mode.
@@ -158,7 +158,7 @@ class ActionFormer(Localizer[ActionFormerPredictions]):
 
     @torch.no_grad()
     def detections(self, predictions: ActionFormerPredictions, most: int = 200) -> list[Found]:
-        """The best of every level, decoded (sec. 3.4)."""
+        """The best of every level, decoded."""
         points = self._points(predictions)
         scores = _flat(predictions.logits).sigmoid()
         scores = scores * torch.cat(predictions.masks, 1).unsqueeze(-1)

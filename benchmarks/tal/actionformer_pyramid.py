@@ -1,7 +1,7 @@
 """The features of ActionFormer: transformer blocks with local attention, on halving grids.
 
 Zhang, Wu and Li, *ActionFormer: Localizing Moments of Actions with Transformers*, ECCV 2022,
-sec. 3.2. Every residual is written as ``x = x + f(x)``, so that it can be rewired. As in the
+its encoder. Every residual is written as ``x = x + f(x)``, so that it can be rewired. As in the
 paper's equations, a level is a block on the grid above and then a strided depthwise convolution:
 attention comes before the striding, and no skip has to jump over it.
 """
@@ -28,7 +28,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each a scaled residual branch (sec. 3.2, eq. 3)."""
+    """Pre-norm attention and MLP, each a scaled residual branch (the paper's encoder)."""
 
     def __init__(
         self, width: int, heads: int, window: int, ratio: int, dropout: float, scale: float

@@ -1,4 +1,4 @@
-"""Which cells learn which action in ActionFormer, and at what distances (ECCV 2022, sec. 3.4).
+"""Which cells learn which action in ActionFormer, and at what distances (ECCV 2022, training).
 
 A cell of a level learns an action if its centre is in the action and near the action's, and if the
 farther of the action's ends is at a distance that the level is there for.

@@ -159,7 +159,11 @@ def _slowfast(options: dict[str, Any]) -> nn.Module:
 
 
 def small_swin(
-    depths: tuple[int, ...] = (2, 2, 2), width: int = 24, frames: int = 128, pixels: int = 32
+    depths: tuple[int, ...] = (2, 2, 2),
+    width: int = 24,
+    frames: int = 128,
+    pixels: int = 32,
+    window: int = 4,
 ) -> Backbone:
     """A Video Swin on patches of 2 x 2 pixels: windows of 8 frames and 4 x 4 patches.
 
@@ -173,7 +177,7 @@ def small_swin(
 
         network = SwinTransformer3d(
             patch_size=[2, 2, 2], embed_dim=width, depths=[*depths],
-            num_heads=[2**stage for stage in range(len(depths))], window_size=[8, 4, 4],
+            num_heads=[2**stage for stage in range(len(depths))], window_size=[window, 4, 4],
             mlp_ratio=2.0, stochastic_depth_prob=0.0,
         )  # fmt: skip
         for module in network.modules():

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import re2fx
 from benchmarks.common import median_ratio, paired_times
+from re2fx.memory import saved_bytes
 
 from .backbones import Backbone, slowfast, small_slowfast, small_swin, swin
-from .entries import ENTRIES
+from .batches import Batch, Sample, collate
+from .detector import Detector, detector_loss
+from .entries import ENTRIES, LOCALIZERS
 
 Row = dict[str, Any]
+# Of actions, of a localizer whose steps are measured.
+CLASSES = 7
 
 # The depths of each family; only how often a stage repeats its block differs.
 SMALL: Mapping[str, Sequence[Backbone]] = {
-    "swin": [small_swin((2, depth)) for depth in (2, 4, 8, 12)],
+    "swin": [small_swin((2, depth, 2)) for depth in (2, 4, 8, 12)],
     "slowfast": [small_slowfast(depth) for depth in (50, 101, 152)],
 }
 PAPERS: Mapping[str, Sequence[Backbone]] = {
@@ -59,22 +66,55 @@ def depths(backbones: Iterable[Backbone], *, fake: bool) -> list[Row]:
     return [kept(backbone, fake=fake, measure=not fake) for backbone in backbones]
 
 
-def step_times(backbone: Backbone, batch: int, rounds: int) -> dict[str, float]:
-    """Step times over that of the original backbone, by entry; median of paired rounds."""
-    frames = backbone.example(batch)
-    models: dict[str, nn.Module] = {}
+def steps(backbone: Backbone, localizer: str, batch: int, rounds: int) -> list[Row]:
+    """What a training step keeps and takes, localizer included, by entry.
+
+    Args:
+        backbone: of the size of the videos.
+        localizer: a name of `entries.LOCALIZERS`.
+        batch: videos per step.
+        rounds: of timing, all entries in turn in each.
+
+    Returns:
+        per entry the bytes that its forward keeps, and the median over the rounds of its step's
+        time over that of the original backbone.
+    """
+    shown = _videos(backbone.example(batch))
+    runs = {}
     for name, entry in ENTRIES.items():
-        if entry.trained:
-            torch.manual_seed(0)
-            models[name] = entry.made_of(backbone.build().train(), frames[:1])
-    steps = {name: _step(model, frames) for name, model in models.items()}
-    seconds = paired_times(steps, rounds)
-    return {name: median_ratio(seconds, name, "original") for name in steps}
+        torch.manual_seed(0)
+        body = entry.made_of(backbone.build().train(), shown.frames[:1])
+        given = shown
+        if not entry.trained:
+            given = replace(shown, frames=body(shown.frames).detach())
+            body = nn.Identity()
+        head = LOCALIZERS[localizer].make(backbone.channels, CLASSES)
+        runs[name] = Detector(body, head, backbone.stride).train(), given
+    seconds = paired_times({name: partial(_step, *run) for name, run in runs.items()}, rounds)
+    return [
+        {
+            "family": backbone.family,
+            "localizer": localizer,
+            "entry": name,
+            "kept": saved_bytes(partial(detector_loss, *run), run[0]).total,
+            "time": median_ratio(seconds, name, "original"),
+        }
+        for name, run in runs.items()
+    ]
 
 
-def _step(model: nn.Module, frames: torch.Tensor) -> Any:
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(frames).square().mean().backward()
+def _step(model: Detector, given: Batch) -> None:
+    model.zero_grad(set_to_none=True)
+    detector_loss(model, given)["total"].backward()
 
-    return step
+
+def _videos(frames: Tensor) -> Batch:
+    """Videos of frames ``(B, 3, T, H, W)``, each with one action in its middle."""
+    count, length = len(frames), frames.shape[2]
+    middle = torch.tensor([[length / 4, length / 2]])
+    return collate(
+        [
+            Sample(str(i), frames[i], 0.0, 1.0, middle, torch.tensor([i % CLASSES]), length)
+            for i in range(count)
+        ]
+    )

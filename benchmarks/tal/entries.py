@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -120,13 +120,13 @@ class Classifier(nn.Module):
         logits: Tensor = self.head(self.backbone(frames).mean(-1))
         return logits
 
-    def fix(self) -> Self:
+    def fix(self) -> Classifier:
         """Train the linear layer alone from now on."""
         self.fixed = True
         self.backbone.requires_grad_(False).eval()
         return self
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Classifier:
         """As `torch.nn.Module.train`, but for a fixed backbone."""
         super().train(mode)
         if self.fixed:

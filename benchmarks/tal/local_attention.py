@@ -86,7 +86,7 @@ class Projection(nn.Module):
 
 
 class LocalAttention(nn.Module):
-    """Local multi-head self-attention (ActionFormer, sec. 3.2), its projections over three cells.
+    """Local multi-head self-attention (ActionFormer's encoder), its projections over three cells.
 
     Args:
         width: channels, a multiple of ``heads``.

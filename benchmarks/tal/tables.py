@@ -93,7 +93,25 @@ def text_tal_costs(data: Data) -> str:
         *(f"{name}, inside the chains" for name in WAYS.values()),
     )  # fmt: skip
     rows = [_kept(row) for row in (*data["small"], *data["papers"])]
-    return f"{table(header, rows)}\n\n{machine(data)}"
+    return "\n\n".join([_steps(data["steps"]), table(header, rows), machine(data)])
+
+
+def _steps(rows: Iterable[dict[str, Any]]) -> str:
+    """Bytes that training steps keep, and their times over those of the original backbone."""
+    found = {(row["entry"], row["localizer"], row["backbone"]): row for row in rows}
+    places = list(dict.fromkeys(key[1:] for key in found))
+    header = ["a training step", *(f"{LOCALIZERS[loc].words}, {body}" for loc, body in places)]
+    return table(
+        header,
+        [
+            [ENTRIES[name].words, *(_step(found[(name, *place)]) for place in places)]
+            for name in dict.fromkeys(key[0] for key in found)
+        ],
+    )
+
+
+def _step(row: dict[str, Any]) -> str:
+    return f"{row['kept'] / 2**20:,.1f} MiB, {row['time']:.2f}x"
 
 
 def _kept(row: dict[str, Any]) -> tuple[str, ...]:
