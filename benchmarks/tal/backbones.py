@@ -163,12 +163,20 @@ def small_swin(
     width: int = 24,
     frames: int = 128,
     pixels: int = 32,
-    window: int = 4,
+    window: int = 2,
 ) -> Backbone:
-    """A Video Swin on patches of 2 x 2 pixels: windows of 8 frames and 4 x 4 patches.
+    """A Video Swin on patches of two frames and 2 x 2 pixels.
 
     Its linear layers start as wide as Glorot and Bengio (AISTATS 2010) say: torchvision's standard
     deviation of 0.02 suits layers of hundreds of channels and leaves narrow ones all but silent.
+
+    Args:
+        depths: blocks of the stages.
+        width: channels of the first stage; each later one has twice as many.
+        frames: of the clips.
+        pixels: height and width of these.
+        window: how many patches the attention sees in time, of 4 x 4 in space. Clips that go on
+            alike teach it to average over its windows, and what is averaged tells no boundary.
     """
 
     def build() -> nn.Module:
