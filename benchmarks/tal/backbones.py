@@ -36,6 +36,7 @@ class Backbone:
         stride: frames per feature.
         frames, pixels: of the clips that it is meant for.
         pretrained: whether `build` gives it weights of its package instead of random ones.
+        pace: its learning rate with a localizer, in parts of the setting's for backbones.
     """
 
     family: str
@@ -46,6 +47,7 @@ class Backbone:
     frames: int
     pixels: int
     pretrained: bool = False
+    pace: float = 1.0
 
     def example(self, batch: int = 1) -> Tensor:
         """Random frames of its size."""
@@ -195,7 +197,8 @@ def small_swin(
 
     channels = width * 2 ** (len(depths) - 1)
     words = f"Video Swin of {'+'.join(map(str, depths))} blocks, width {width}"
-    return Backbone("swin", words, build, channels, 2, frames, pixels)
+    # At the whole rate, what pretraining has taught it is gone before the localizer learns from it.
+    return Backbone("swin", words, build, channels, 2, frames, pixels, pace=0.3)
 
 
 def small_slowfast(

@@ -130,7 +130,9 @@ class Stages:
         """Train a localizer, with the backbone unless it is fixed; the file of what it detects."""
         done = self.folder / f"{localizer}-{entry.name}-{seed}.json"
         if not done.exists():
-            training = replace(self.setting.training, seed=seed)
+            given = self.setting.training
+            rate = given.backbone_rate * self.backbone.pace
+            training = replace(given, seed=seed, backbone_rate=rate)
             torch.manual_seed(seed)
             model = self.detector(entry, localizer)
             trainer = Trainer(
