@@ -37,6 +37,7 @@ class Backbone:
         frames, pixels: of the clips that it is meant for.
         pretrained: whether `build` gives it weights of its package instead of random ones.
         pace: its learning rate with a localizer, in parts of the setting's for backbones.
+        patience: the epochs with a localizer, in parts of the setting's.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Backbone:
     pixels: int
     pretrained: bool = False
     pace: float = 1.0
+    patience: float = 1.0
 
     def example(self, batch: int = 1) -> Tensor:
         """Random frames of its size."""
@@ -198,7 +200,9 @@ def small_swin(
     channels = width * 2 ** (len(depths) - 1)
     words = f"Video Swin of {'+'.join(map(str, depths))} blocks, width {width}"
     # At the whole rate, what pretraining has taught it is gone before the localizer learns from it.
-    return Backbone("swin", words, build, channels, 2, frames, pixels, pace=0.3)
+    return Backbone(
+        "swin", words, build, channels, 2, frames, pixels, pace=0.5, patience=4 / 3
+    )  # fmt: skip
 
 
 def small_slowfast(

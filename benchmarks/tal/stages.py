@@ -130,9 +130,7 @@ class Stages:
         """Train a localizer, with the backbone unless it is fixed; the file of what it detects."""
         done = self.folder / f"{localizer}-{entry.name}-{seed}.json"
         if not done.exists():
-            given = self.setting.training
-            rate = given.backbone_rate * self.backbone.pace
-            training = replace(given, seed=seed, backbone_rate=rate)
+            training = self.training(seed)
             torch.manual_seed(seed)
             model = self.detector(entry, localizer)
             trainer = Trainer(
@@ -145,6 +143,13 @@ class Stages:
             seconds = time.perf_counter() - start
             self._search(trainer.averaged, entry, done, seconds, trainer.history)
         return done
+
+    def training(self, seed: int) -> Training:
+        """How a localizer is trained, in every way alike."""
+        given, backbone = self.setting.training, self.backbone
+        epochs = max(1, round(given.epochs * backbone.patience))
+        rate = given.backbone_rate * backbone.pace
+        return replace(given, seed=seed, epochs=epochs, backbone_rate=rate)
 
     def detector(self, entry: Entry, localizer: str) -> Detector:
         """A new localizer on the backbone, or on its features."""
