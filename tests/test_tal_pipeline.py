@@ -180,6 +180,32 @@ def test_a_run_goes_on_where_it_was(setting: Setting, pretrained: Path, tmp_path
         assert torch.equal(value, twice[name]), name
 
 
+def test_half_precision_keeps_losses_and_weights_in_fp32(
+    setting: Setting, pretrained: Path
+) -> None:
+    stages = stages_of(setting, pretrained)
+    seen: list[torch.dtype] = []
+
+    def loss(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        seen.append(batch.frames.new_ones(1, 1).mm(batch.frames.new_ones(1, 1)).dtype)
+        return detector_loss(model, batch)
+
+    for bf16 in (False, True):
+        given = replace(setting.training, bf16=bf16)
+        trainer = Trainer(stages.detector(ENTRIES["re2tal"], "vsgn"), loss, given)
+        trainer.fit(stages.learned(ENTRIES["re2tal"], given))
+        assert math.isfinite(trainer.history[0]["total"])
+        assert {p.dtype for p in trainer.averaged.parameters()} == {torch.float32}
+    assert set(seen) == {torch.float32, torch.bfloat16}
+
+
+def test_a_backbone_has_its_own_pace_and_patience(setting: Setting, tmp_path: Path) -> None:
+    backbone = replace(tiny("swin"), pace=0.5, patience=1.5)
+    given = replace(setting, training=Training(epochs=4, rate=1e-3, backbone_rate=2e-3))
+    found = Stages(given, backbone, tmp_path, Group()).training(seed=7)
+    assert found == replace(given.training, epochs=6, backbone_rate=1e-3, seed=7)
+
+
 def test_remembered_videos_give_the_same_samples(setting: Setting) -> None:
     plain, kept = (
         replace(setting, remembered=remembered).trained(setting.truth(), 0)
