@@ -199,8 +199,9 @@ def _compare(comparison: Comparison, options: Any, bar: Any, say: Callable[[str]
     found = comparison.run(bar, say)
     if comparison.leads:
         write_results("tal", found)
-        stages = comparison.stages(comparison.backbones[0], bar, say)
-        write_results("tal_timelines", comparison.timelines(stages, comparison.localizers[0]))
+        best = max(found["localization"], key=lambda row: row["mean"])
+        stages = comparison.stages(best["backbone"], bar, say)
+        write_results("tal_timelines", comparison.timelines(stages, best["localizer"]))
 
 
 STAGES: dict[str, Stage] = {

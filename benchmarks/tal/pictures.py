@@ -82,7 +82,7 @@ def plot_timelines(data: Data) -> Figure:
         axes.invert_yaxis()
         axes.set_xlim(0, video["duration"])
         axes.set_title(video["name"], fontsize=8)
-    panels[-1].set_xlabel("seconds")
+    panels[-1].set_xlabel(f"seconds ({data['backbone']}, {data['localizer']})")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, list(colours), loc="outside upper right", fontsize=7, ncol=len(colours))
     return figure
