@@ -87,6 +87,7 @@ gpu: $(VENV)/.installed
 tal: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.tal compare --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.tal costs
+	$(BIN)/python -m benchmarks.tal peaks
 	$(BIN)/python -m benchmarks.render
 
 # The pictures of what the tools show; needs Chromium for the page.

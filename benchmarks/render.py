@@ -32,7 +32,7 @@ from .situation_tables import text_fuzz, text_situations
 from .tables import TEXTS as TABLES
 from .tables import Data
 from .tal.pictures import plot_costs, plot_map, plot_timelines
-from .tal.tables import text_tal, text_tal_costs
+from .tal.tables import text_tal, text_tal_costs, text_tal_peaks
 from .zoo_tables import page_zoo, plot_zoo, text_zoo
 
 README = Path(__file__).parents[1] / "README.md"
@@ -217,6 +217,7 @@ TEXTS: dict[str, tuple[str, Callable[[Data], str]]] = {
     "gpu": ("gpu", text_gpu),
     "tal": ("tal", text_tal),
     "tal-costs": ("tal_costs", text_tal_costs),
+    "tal-peaks": ("tal_peaks", text_tal_peaks),
     "gpu headline": ("gpu", text_headline),
     "overlap": ("overlap", text_overlap),
 }
@@ -227,6 +228,7 @@ ABSENT = {
     "frames": "Not measured yet: `python -m benchmarks.frames`.",
     "gpu": NOT_YET,
     "tal": "Not measured yet: `python -m benchmarks.tal compare`.",
+    "tal-peaks": "Not predicted yet: `python -m benchmarks.tal peaks`.",
     "tal-costs": "Not measured yet: `python -m benchmarks.tal costs`.",
 }
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.tal.backbones import slowfast, swin
-from benchmarks.tal.costs import kept
+from benchmarks.tal.backbones import slowfast, small_swin, swin
+from benchmarks.tal.costs import kept, peaks
 
 pytestmark = pytest.mark.xdist_group("tal plans")
 # How many blocks a SlowFast has per stage, the first of which is a projection.
@@ -58,3 +58,8 @@ def test_chains_of_a_rewired_slowfast_keep_a_counter_per_norm_more() -> None:
     assert deep["inside"]["reversible"] - shallow["inside"]["reversible"] <= 3 * 8 * more
     for way in ("store", "checkpoint"):
         assert deep["inside"][way] > 1.5 * shallow["inside"][way]
+
+
+def test_a_planned_step_takes_less_than_a_reversed_one() -> None:
+    found = peaks(small_swin((2,), width=16, frames=32, pixels=16))["peak"]
+    assert found["lowest"] < found["reversible"] < found["plain"]

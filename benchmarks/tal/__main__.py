@@ -8,6 +8,7 @@
     train      a localizer, end to end or on the features, and what it detects
     evaluate   the mean average precision of detections
     costs      bytes kept against depth, and step times
+    peaks      the highest memory of a step at the papers' sizes, predicted
 
 Every stage runs those before it that have not run, and goes on where it was interrupted. Start it
 with ``torchrun --nproc-per-node N -m benchmarks.tal ...`` to train on several processes, or with
@@ -171,6 +172,16 @@ def _costs(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], 
     write_results("tal_costs", measured_costs(comparison))
 
 
+def _peaks(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
+    found = []
+    for name in comparison.backbones:
+        for backbone in costs.PAPERS[BACKBONES[name]().family]:
+            found.append(costs.peaks(backbone))
+            sizes = ", ".join(f"{way} {n / 2**30:.1f}" for way, n in found[-1]["peak"].items())
+            say(f"{backbone.words}, GiB: {sizes}")
+    write_results("tal_peaks", {"peaks": found})
+
+
 def measured_costs(comparison: Comparison) -> dict[str, Any]:
     """Bytes and step times of the chosen backbones."""
     chosen, setting = comparison.backbones, comparison.setting
@@ -178,8 +189,9 @@ def measured_costs(comparison: Comparison) -> dict[str, Any]:
         name: replace(BACKBONES[name](), frames=setting.frames, pixels=setting.pixels)
         for name in chosen
     }
-    small = [backbone for name in chosen for backbone in costs.SMALL[name]]
-    papers = [backbone for name in chosen for backbone in costs.PAPERS[name]]
+    families = [backbone.family for backbone in sized.values()]
+    small = [backbone for family in families for backbone in costs.SMALL[family]]
+    papers = [backbone for family in families for backbone in costs.PAPERS[family]]
     return {
         "small": costs.depths(small, fake=False),
         "papers": costs.depths(papers, fake=True),
@@ -213,6 +225,7 @@ STAGES: dict[str, Stage] = {
     "train": _each(_train),
     "evaluate": _each(_evaluate),
     "costs": _costs,
+    "peaks": _peaks,
 }
 
 

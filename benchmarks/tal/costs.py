@@ -66,6 +66,26 @@ def depths(backbones: Iterable[Backbone], *, fake: bool) -> list[Row]:
     return [kept(backbone, fake=fake, measure=not fake) for backbone in backbones]
 
 
+def peaks(backbone: Backbone) -> Row:
+    """What a training step of a backbone has alive at its highest, predicted, in bytes.
+
+    Nothing is allocated. Given are the backbone as it is, rewired, and rewired with the least
+    memory that a step can be planned to.
+    """
+    with torch.device("meta"):
+        model, frames = backbone.build().train(), backbone.example()
+    ways = {
+        "plain": model,
+        **{way: re2fx.transform(model, (frames,), memory=way) for way in ("reversible", "lowest")},
+    }
+    return {
+        "words": backbone.words,
+        "frames": backbone.frames,
+        "pixels": backbone.pixels,
+        "peak": {way: re2fx.foresee(made, frames).peak.peak for way, made in ways.items()},
+    }
+
+
 def steps(backbone: Backbone, localizer: str, batch: int, rounds: int) -> list[Row]:
     """What a training step keeps and takes, localizer included, by entry.
 

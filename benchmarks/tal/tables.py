@@ -10,6 +10,8 @@ from benchmarks.tables import Data, machine, table
 from .entries import ENTRIES, LOCALIZERS
 
 WAYS = {"store": "plain", "checkpoint": "checkpoint per branch", "reversible": "rewired"}
+# Ways to run a step at the papers' sizes.
+PEAKS = {"plain": "plain", "reversible": "rewired", "lowest": 'rewired, `memory="lowest"`'}
 
 # Whose difference the comparison is about.
 PAIRS = (
@@ -94,6 +96,20 @@ def text_tal_costs(data: Data) -> str:
     )  # fmt: skip
     rows = [_kept(row) for row in (*data["small"], *data["papers"])]
     return "\n\n".join([_steps(data["steps"]), table(header, rows), machine(data)])
+
+
+def text_tal_peaks(data: Data) -> str:
+    """Predicted peaks of a training step at the papers' sizes."""
+    header = ("backbone, frames", *(f"{words}, GiB" for words in PEAKS.values()), "of plain")
+    rows = [
+        (
+            f"{row['words']}, {row['frames']} x {row['pixels']} px",
+            *(f"{row['peak'][way] / 2**30:.1f}" for way in PEAKS),
+            f"{row['peak']['plain'] / row['peak']['lowest']:.1f}x less",
+        )
+        for row in data["peaks"]
+    ]
+    return f"{table(header, rows)}\n\n{machine(data)}"
 
 
 def _steps(rows: Iterable[dict[str, Any]]) -> str:
