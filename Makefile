@@ -82,7 +82,7 @@ gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.render
 
-# Temporal action localization, from nothing to the tables (about 85 minutes on two cores); goes on
+# Temporal action localization, from nothing to the tables (about 75 minutes on two cores); goes on
 # from what is known.
 tal: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.tal compare --jobs $(JOBS)

@@ -26,7 +26,10 @@ def plot_map(data: Data) -> Figure:
     for axes, backbone in zip(panels, backbones, strict=True):
         _bars(axes, [row for row in rows if row["backbone"] == backbone])
         axes.set_title(f"{backbone}: average mAP, %")
-    panels[-1].legend(frameon=False, fontsize=7.5)
+    handles, words = panels[-1].get_legend_handles_labels()
+    figure.legend(
+        handles, words, loc="outside lower center", ncol=2, frameon=False, fontsize=7.5
+    )  # fmt: skip
     return figure
 
 
