@@ -199,7 +199,7 @@ def small_swin(
 
     channels = width * 2 ** (len(depths) - 1)
     words = f"Video Swin of {'+'.join(map(str, depths))} blocks, width {width}"
-    # At the whole rate, what pretraining has taught it is gone before the localizer learns from it.
+    # Higher rates undo what pretraining has taught it; README, Decisions.
     return Backbone(
         "swin", words, build, channels, 2, frames, pixels, pace=0.5, patience=4 / 3
     )  # fmt: skip
