@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.tal import jobs
+from benchmarks.tal import costs, jobs
 from benchmarks.tal.__main__ import adjusted
 from benchmarks.tal.annotations import read
 from benchmarks.tal.backbones import Backbone, slowfast, small_slowfast, small_swin, swin
@@ -178,6 +178,14 @@ def test_a_run_goes_on_where_it_was(setting: Setting, pretrained: Path, tmp_path
     assert once.keys() == twice.keys()
     for name, value in once.items():
         assert torch.equal(value, twice[name]), name
+
+
+def test_a_step_keeps_less_where_its_backbone_is_rewired() -> None:
+    rows = costs.steps(tiny("swin"), "vsgn", batch=1, rounds=1)
+    assert [row["entry"] for row in rows] == list(ENTRIES)
+    kept = {row["entry"]: row["kept"] for row in rows}
+    assert kept["fixed"] < kept["re2tal"] <= kept["consistent"] < kept["original"]
+    assert {row["entry"]: row["time"] for row in rows}["original"] == 1
 
 
 def test_half_precision_keeps_losses_and_weights_in_fp32(

@@ -15,6 +15,7 @@ from benchmarks.tal.vsgn import VSGN, BoundaryAdjustment, VSGNConfig
 from benchmarks.tal.vsgn_anchors import anchors_of, boundary_targets, decode, encode, match
 from benchmarks.tal.vsgn_graph import CrossScaleLayer, Edges, nearest, upsample
 from benchmarks.tal.vsgn_stitch import Stitching, stitch, unstitch
+from benchmarks.tal.vsgn_stitched import StitchedVSGN
 
 from .tal_features import fit, recalled, targets_of, videos
 
@@ -41,6 +42,20 @@ def test_a_stitched_clip_by_hand() -> None:
     assert plan.magnified(mask)[0].int().tolist() == [0] * 6 + [1] * 8
     assert targets.segments[0].tolist() == [[1.0, 2.5], [8.0, 11.0]]
     assert targets.labels[0].tolist() == [3, 3]
+
+
+def test_a_stitched_vsgn_learns_the_actions_in_both_parts() -> None:
+    torch.manual_seed(0)
+    model = StitchedVSGN(CONFIG, gap=8)
+    features, mask = torch.randn(2, 12, 16), all_valid(2, 16)
+    targets = targets_of([[(1.0, 5.0, 0)], [(4.0, 12.0, 2)]])
+    plan = Stitching(16, gap=8)
+    joined, both = stitch(features, mask, targets, plan)
+    predictions = model.vsgn(joined, plan.mask(mask), plan.magnified(mask))
+    assert [len(segments) for segments in both.segments] == [2, 2]
+    expected = model.vsgn.losses(predictions, both)
+    for name, loss in model.losses(model(features, mask), targets).items():
+        torch.testing.assert_close(loss, expected[name])
 
 
 def test_frames_are_stitched_like_features() -> None:

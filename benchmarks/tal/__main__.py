@@ -174,8 +174,8 @@ def _costs(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], 
 
 def _peaks(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], None]) -> None:
     found = []
-    for name in comparison.backbones:
-        for backbone in costs.PAPERS[BACKBONES[name]().family]:
+    for family in comparison.families:
+        for backbone in costs.PAPERS[family]:
             found.append(costs.peaks(backbone))
             sizes = ", ".join(f"{way} {n / 2**30:.1f}" for way, n in found[-1]["peak"].items())
             say(f"{backbone.words}, GiB: {sizes}")
@@ -184,22 +184,18 @@ def _peaks(comparison: Comparison, options: Any, bar: Any, say: Callable[[str], 
 
 def measured_costs(comparison: Comparison) -> dict[str, Any]:
     """Bytes and step times of the chosen backbones."""
-    chosen, setting = comparison.backbones, comparison.setting
-    sized = {
-        name: replace(BACKBONES[name](), frames=setting.frames, pixels=setting.pixels)
-        for name in chosen
-    }
-    families = [backbone.family for backbone in sized.values()]
+    families = comparison.families
     small = [backbone for family in families for backbone in costs.SMALL[family]]
     papers = [backbone for family in families for backbone in costs.PAPERS[family]]
+    batch = comparison.setting.training.batch
     return {
         "small": costs.depths(small, fake=False),
         "papers": costs.depths(papers, fake=True),
         "steps": [
             {"backbone": name, **row}
-            for name, backbone in sized.items()
+            for name in comparison.backbones
             for localizer in comparison.localizers
-            for row in costs.steps(backbone, localizer, setting.training.batch, ROUNDS)
+            for row in costs.steps(comparison.backbone(name), localizer, batch, ROUNDS)
         ],
     }
 

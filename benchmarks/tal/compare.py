@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, Backbone
 from .engine import Group
 from .entries import ENTRIES, LOCALIZERS
 from .metrics import Detection
@@ -36,7 +36,7 @@ class Comparison:
 
     setting: Setting
     folder: Path
-    backbones: Sequence[str] = ("swin", "slowfast")
+    backbones: Sequence[str]
     entries: Sequence[str] = tuple(ENTRIES)
     localizers: Sequence[str] = COMPARED
     seeds: Sequence[int] = (0, 1, 2)
@@ -48,8 +48,17 @@ class Comparison:
 
     def stages(self, name: str, progress: Progress | None, say: Callable[[str], None]) -> Stages:
         """The stages of one backbone."""
-        kind = replace(BACKBONES[name](), frames=self.setting.frames, pixels=self.setting.pixels)
-        return Stages(self.setting, kind, self.folder / name, Group.joined(), progress, say)
+        folder, group = self.folder / name, Group.joined()
+        return Stages(self.setting, self.backbone(name), folder, group, progress, say)
+
+    @property
+    def families(self) -> list[str]:
+        """Of the backbones, each once."""
+        return list(dict.fromkeys(BACKBONES[name]().family for name in self.backbones))
+
+    def backbone(self, name: str) -> Backbone:
+        """A backbone for the size of the videos."""
+        return replace(BACKBONES[name](), frames=self.setting.frames, pixels=self.setting.pixels)
 
     def run(self, progress: Progress | None, say: Callable[[str], None]) -> Row:
         """Whatever is not there yet, and the rows of all."""

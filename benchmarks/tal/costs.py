@@ -129,12 +129,12 @@ def _step(model: Detector, given: Batch) -> None:
 
 
 def _videos(frames: Tensor) -> Batch:
-    """Videos of frames ``(B, 3, T, H, W)``, each with one action in its middle."""
+    """Videos of frames ``(B, 3, T, H, W)``, each with one action in its second quarter."""
     count, length = len(frames), frames.shape[2]
-    middle = torch.tensor([[length / 4, length / 2]])
+    action = torch.tensor([[length / 4, length / 2]])
     return collate(
         [
-            Sample(str(i), frames[i], 0.0, 1.0, middle, torch.tensor([i % CLASSES]), length)
+            Sample(str(i), frames[i], 0.0, 1.0, action, torch.tensor([i % CLASSES]), length)
             for i in range(count)
         ]
     )
