@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.tal import costs, jobs
-from benchmarks.tal.__main__ import adjusted
+from benchmarks.tal.__main__ import adjusted, keep
 from benchmarks.tal.annotations import read
 from benchmarks.tal.backbones import Backbone, slowfast, small_slowfast, small_swin, swin
 from benchmarks.tal.batches import Sample
@@ -327,6 +328,16 @@ def test_values_are_set_by_name() -> None:
         adjusted(setting, ["training.epoch=3"])
     with pytest.raises(SystemExit, match="invalid literal"):
         adjusted(setting, ["frames=many"])
+
+
+def test_only_the_small_setting_is_kept_for_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path / "results")
+    for preset in ("small", "thumos"):
+        keep(argparse.Namespace(preset=preset, folder=tmp_path), "tal", {"preset": preset})
+    assert json.loads((tmp_path / "results" / "tal.json").read_text())["preset"] == "small"
+    assert json.loads((tmp_path / "tal.json").read_text())["preset"] == "thumos"
 
 
 def test_two_processes(setting: Setting, tmp_path: Path) -> None:

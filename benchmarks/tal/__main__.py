@@ -1,6 +1,7 @@
 """Temporal action localization with rewired backbones: ``python -m benchmarks.tal STAGE``.
 
-    compare    everything below for all backbones, localizers, ways and seeds, to the result file
+    compare    everything below for all backbones, localizers, ways and seeds, to the results of the
+               README, or with another preset than the small one to files in its folder
     data       render the videos of the small setting
     pretrain   train a backbone to name trimmed clips
     finetune   rewire it and go on for a while
@@ -38,7 +39,7 @@ from .metrics import evaluate
 from .presets import PRESETS
 from .scene import Rendering
 from .setting import VALIDATION, Setting
-from .stages import Stages, detections_of
+from .stages import Stages, detections_of, write
 from .synthesis import render_clips, render_localization
 
 # Videos to train on, videos to search, and clips per class, of the small setting.
@@ -206,10 +207,18 @@ def _compare(comparison: Comparison, options: Any, bar: Any, say: Callable[[str]
         jobs.run(comparison, options.jobs, say)
     found = comparison.run(bar, say)
     if comparison.leads:
-        write_results("tal", found)
+        keep(options, "tal", found)
         best = max(found["localization"], key=lambda row: row["mean"])
         stages = comparison.stages(best["backbone"], bar, say)
-        write_results("tal_timelines", comparison.timelines(stages, best["localizer"]))
+        keep(options, "tal_timelines", comparison.timelines(stages, best["localizer"]))
+
+
+def keep(options: Any, name: str, found: dict[str, Any]) -> None:
+    """Write what was found: of the small setting for the README, of others beside their videos."""
+    if options.preset == "small":
+        write_results(name, found)
+    else:
+        write(found, options.folder / f"{name}.json")
 
 
 STAGES: dict[str, Stage] = {
